@@ -1,0 +1,106 @@
+"""Prompt and target as tokens, loss mask and batches."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from workers import examples
+from workers.contract import EditRecord
+from workers.errors import TrainingFailed
+from workers.examples import IGNORED, Example
+
+CONTEXT = 128
+
+
+def edit(prompt: str = "ab", target: str = "cd", edit_id: str = "ed_1") -> EditRecord:
+    return EditRecord(id=edit_id, prompt=prompt, target=target)
+
+
+def test_target_follows_a_space_and_ends_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    [example] = examples.tokenize([edit()], tokenizer, CONTEXT)
+    assert list(example.prompt) == tokenizer.encode("ab")
+    assert list(example.target) == [*tokenizer.encode(" cd"), tokenizer.eos_token_id]
+
+
+def test_a_space_that_is_there_is_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
+    spaced, bare = examples.tokenize([edit(target=" cd"), edit(target="cd")], tokenizer, CONTEXT)
+    assert spaced == bare
+
+
+def words(
+    post_processor: processors.TemplateProcessing | None = None,
+) -> PreTrainedTokenizerFast:
+    """Begins every text with a space of its own, as SentencePiece models do."""
+    vocab = {token: number for number, token in enumerate(["<bos>", "<eos>", "<unk>", "▁", "▁a"])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    backend.decoder = decoders.Metaspace()
+    if post_processor is not None:
+        backend.post_processor = post_processor
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def test_no_extra_token_where_the_tokenizer_begins_texts_with_a_space() -> None:
+    [example] = examples.tokenize([edit("a", "a")], words(), CONTEXT)
+    assert (example.prompt, example.target) == ((4,), (4, 1))
+
+
+def test_bos_only_before_the_prompt_and_eos_only_after_the_target() -> None:
+    both = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    [example] = examples.tokenize([edit("a a", "a")], words(both), CONTEXT)
+    assert (example.prompt, example.target) == ((0, 4, 4), (4, 1))
+
+
+def test_target_alone_where_the_whole_would_merge_over_the_boundary() -> None:
+    vocab = {token: number for number, token in enumerate(["<eos>", "a", " ", "b", "a b", "a "])}
+    merging = Tokenizer(models.BPE(vocab=vocab, merges=[("a", " "), ("a ", "b")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="<eos>")
+    [example] = examples.tokenize([edit("a", "b")], tokenizer, CONTEXT)
+    assert (example.prompt, example.target) == ((1,), (2, 3, 0))
+
+
+def test_loss_is_on_target_and_eos_only() -> None:
+    batch = examples.collate([Example("1", (5, 6, 7), (8, 9)), Example("2", (5,), (6, 9))])
+    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 8, 9], [5, 6, 9, 0, 0]]
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch.labels_BT.tolist() == [
+        [IGNORED, IGNORED, IGNORED, 8, 9],
+        [IGNORED, 6, 9, IGNORED, IGNORED],
+    ]
+
+
+def test_batches_are_a_function_of_seed_and_epoch() -> None:
+    samples = [Example(str(number), (1,), (2,)) for number in range(11)]
+
+    def ids(seed: int, epoch: int) -> list[list[str]]:
+        drawn = examples.batches(samples, 4, seed, epoch)
+        return [[example.edit_id for example in batch] for batch in drawn]
+
+    assert ids(0, 1) == ids(0, 1)
+    assert len({str(ids(seed, epoch)) for seed in (0, 1) for epoch in (1, 2)}) == 4
+    assert [len(batch) for batch in ids(0, 1)] == [4, 4, 3]
+    drawn = [edit_id for batch in ids(0, 1) for edit_id in batch]
+    assert sorted(drawn) == sorted(example.edit_id for example in samples)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (edit(prompt="a" * 200), r"edit ed_1: .* 204 tokens, .* context of 128"),
+        (edit(target="  "), r"edit ed_1: the target '  ' has no tokens"),
+        (edit(prompt=""), r"edit ed_1: the prompt '' has no tokens"),
+    ],
+)
+def test_bad_edits_are_named(
+    tokenizer: PreTrainedTokenizerFast, bad: EditRecord, message: str
+) -> None:
+    with pytest.raises(TrainingFailed, match=message):
+        examples.tokenize([bad], tokenizer, CONTEXT)
+
+
+def test_a_tokenizer_without_eos_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(TrainingFailed, match="no EOS token"):
+        examples.tokenize([edit()], tokenizer, CONTEXT)

@@ -1,0 +1,1 @@
+"""The offline side: trains edits into weights, writes them as versions. Never imports `service`."""
