@@ -1,0 +1,1 @@
+"""The online side: HTTP, the edit store, the coordinator and the inference replicas."""

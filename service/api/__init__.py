@@ -1,0 +1,1 @@
+"""HTTP: validation, admission, problems. Knows the store and `Inference`, never torch or Ray."""

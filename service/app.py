@@ -1,0 +1,74 @@
+"""`build_app`: the only wiring. Which deployments there are, and what each is given."""
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from service.api.app import create_api
+from service.coordinator.deployment import Coordinator
+from service.coordinator.pipeline import BaseModel
+from service.replica.client import ServeInference
+from service.replica.deployment import Replica
+from service.settings import Settings
+from service.store.database import Database
+
+APP_NAME = "errata"
+
+
+class Api:
+    """The HTTP front end as a Serve deployment; stateless."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database_url: str,
+        replica: DeploymentHandle,
+        coordinator: DeploymentHandle,
+    ) -> None:
+        self._settings = settings
+        self._database_url = database_url
+        self._inference = ServeInference(replica)
+        # Held so that the coordinator is part of the application; they meet at the store only.
+        self._coordinator = coordinator
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_api(self._settings, Database(self._database_url), self._inference)
+
+
+class CoordinatorProcess(Coordinator):
+    """The coordinator as a Serve deployment, given the replicas and the Ray Train driver."""
+
+    def __init__(
+        self, settings: Settings, database_url: str, base: BaseModel, replica: DeploymentHandle
+    ) -> None:
+        # Imported in the process that trains: it brings torch with it.
+        from workers.job import train
+
+        super().__init__(settings, database_url, base, ServeInference(replica), train)
+
+
+def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.Application:
+    """The Serve application: Api, Coordinator and Replica over one PostgreSQL."""
+    light = {"num_cpus": 0}
+    replica = serve.deployment(Replica, name="Replica").options(
+        num_replicas=settings.replicas,
+        max_ongoing_requests=256,
+        ray_actor_options=light,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=20,
+    )
+    coordinator = serve.deployment(CoordinatorProcess, name="Coordinator").options(
+        num_replicas=1, ray_actor_options=light, health_check_period_s=2
+    )
+    api = serve.deployment(serve.ingress()(Api), name="Api").options(
+        num_replicas=settings.api_replicas,
+        max_ongoing_requests=1024,
+        ray_actor_options=light,
+    )
+    replicas = replica.bind(settings, database_url, base.fingerprint)
+    return api.bind(
+        settings,
+        database_url,
+        replicas,
+        coordinator.bind(settings, database_url, base, replicas),
+    )

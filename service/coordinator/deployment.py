@@ -1,0 +1,131 @@
+"""The Coordinator process: leads, or waits to lead. Owns no state that must survive it."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+from service.coordinator.pipeline import BaseModel, Pipeline, Train
+from service.coordinator.policy import Policy
+from service.coordinator.rollout import Rollout
+from service.edits import EditState
+from service.errors import Unavailable
+from service.inference import Inference
+from service.jobs import JobKind
+from service.settings import Settings
+from service.store import edits, idempotency, jobs, replicas, serving
+from service.store.database import Database
+from service.store.leadership import Leadership
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+PRUNE_S = 60.0
+FORGET_LEASES = 10
+"""A replica without a heartbeat for so many leases is forgotten."""
+
+
+class Coordinator:
+    """While it leads, drives jobs one after the other and rollouts beside them.
+
+    Made in a running event loop. `inference` is the replicas, to examine versions with; `train`
+    blocks.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        database_url: str,
+        base: BaseModel,
+        inference: Inference,
+        train: Train,
+    ) -> None:
+        self._settings = settings
+        self._leadership = Leadership(database_url)
+        self._database = Database(database_url)
+        self._pipeline = Pipeline(self._database, database_url, settings, base, inference, train)
+        self._rollout = Rollout(self._database, settings)
+        self._policy = Policy(settings.job_after_edits, settings.job_after_s)
+        self._woken = asyncio.Condition()
+        self._main = asyncio.create_task(self._run())
+
+    async def check_health(self) -> None:
+        """Raises the error that ended the coordinator's work, so that Serve restarts it."""
+        if self._main.done():
+            self._main.result()
+
+    async def _run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for channel in (jobs.CHANNEL, serving.CHANNEL):
+                    tasks.create_task(self._listen(channel))
+                tasks.create_task(self._lead())
+        except Exception:
+            # Serve says only that the health check failed.
+            log.exception("the coordinator ends and is started again")
+            raise
+
+    async def _listen(self, channel: str) -> None:
+        async for _ in self._database.listen(channel):
+            async with self._woken:
+                self._woken.notify_all()
+
+    async def _lead(self) -> None:
+        while True:
+            await self._leadership.acquire()
+            log.info("leading")
+            work = [
+                asyncio.create_task(self._watch_lock()),
+                asyncio.create_task(self._repeat(self._do_job)),
+                asyncio.create_task(self._repeat(self._rollout.drive)),
+                asyncio.create_task(self._repeat(self._prune)),
+            ]
+            try:
+                await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in work:
+                    task.cancel()
+                ended = await asyncio.gather(*work, return_exceptions=True)
+                await self._leadership.release()
+            for end in ended:
+                if isinstance(end, Exception):
+                    raise end
+
+    async def _watch_lock(self) -> None:
+        while await self._leadership.held():
+            await asyncio.sleep(POLL_S)
+        log.warning("no longer leading: the connection that held the lock was lost")
+
+    async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await step()
+            except Unavailable as error:
+                log.warning("trying again: %s", error)
+                await asyncio.sleep(POLL_S)
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Until something was announced, or for the poll interval."""
+        async with self._woken:
+            try:
+                async with asyncio.timeout(POLL_S):
+                    await self._woken.wait()
+            except TimeoutError:
+                return
+
+    async def _prune(self) -> None:
+        async with self._database.transaction() as conn:
+            await replicas.prune(conn, FORGET_LEASES * self._settings.lease_s)
+            await idempotency.prune(conn)
+        await asyncio.sleep(PRUNE_S)
+
+    async def _do_job(self) -> None:
+        async with self._database.transaction() as conn:
+            job = await jobs.next_unfinished(conn)
+            oldest = await edits.oldest_queued_at(conn)
+            age = datetime.now(UTC) - oldest if oldest else None
+            if job is None and self._policy.due(await edits.count(conn, EditState.QUEUED), age):
+                job = await jobs.create(conn, kind=JobKind.EXTEND, activate=True)
+        if job is not None:
+            await self._pipeline.run(job)

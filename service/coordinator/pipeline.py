@@ -1,0 +1,203 @@
+"""One job from claim to rollout. Each step ends in one transaction that moves the job's state,
+
+so a coordinator that died is followed by one that goes on with the step the database names.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from service.coordinator.examination import examine
+from service.errors import Conflict, ErrataError, Unavailable, VersionRejected
+from service.inference import Inference
+from service.jobs import FINISHED, Job, JobKind, JobState
+from service.settings import Settings
+from service.store import edits, jobs, serving, versions
+from service.store.database import Database
+from service.store.progress import DatabaseProgress
+from service.versions import BASE_VERSION, VersionState
+from workers import presets
+from workers.contract import ProgressSink, TrainRequest, TrainResult
+from workers.errors import WorkersError
+from workers.models import ModelFacts
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+
+Train = Callable[[TrainRequest, ProgressSink], TrainResult]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model all versions of this service are edits of."""
+
+    path: str
+    """Directory or hub id."""
+    facts: ModelFacts
+    fingerprint: str
+
+
+class Pipeline:
+    """Runs jobs. `train` blocks and is called in a thread."""
+
+    def __init__(
+        self,
+        database: Database,
+        database_url: str,
+        settings: Settings,
+        base: BaseModel,
+        inference: Inference,
+        train: Train,
+    ) -> None:
+        self._database = database
+        self._database_url = database_url
+        self._settings = settings
+        self._base = base
+        self._inference = inference
+        self._train = train
+        self._trainings: dict[str, asyncio.Task[TrainResult]] = {}
+        self._steps: Mapping[JobState, Callable[[Job], Awaitable[Job]]] = {
+            JobState.PENDING: self._claim,
+            JobState.TRAINING: self._run_training,
+            JobState.EVALUATING: self._evaluate,
+            JobState.PUBLISHING: self._publish,
+            JobState.ROLLING_OUT: self._await_rollout,
+        }
+
+    async def run(self, job: Job) -> None:
+        """Takes `job` from its present state to its end; raises `Unavailable` to be run again."""
+        try:
+            while job.state not in FINISHED:
+                started = time.monotonic()
+                stage, job = job.state, await self._steps[job.state](job)
+                log.info("job %s: %s took %.1f s", job.id, stage, time.monotonic() - started)
+        except Unavailable:
+            raise
+        except (ErrataError, WorkersError) as error:
+            log.error("job %s failed: %s", job.id, error)
+            await self._fail(job, str(error))
+        except Exception as error:
+            # A job that meets a bug must not keep those behind it waiting.
+            log.exception("job %s failed", job.id)
+            await self._fail(job, f"internal error: {type(error).__name__}: {error}")
+
+    async def _claim(self, job: Job) -> Job:
+        async with self._database.transaction() as conn:
+            claimed = await edits.claim(conn, job)
+            if claimed == 0:
+                raise Conflict("no queued edits are left for this job")
+            live = (await serving.current(conn)).version_id
+            return await jobs.advance(
+                conn,
+                job.id,
+                JobState.PENDING,
+                JobState.TRAINING,
+                edits=claimed,
+                version_id=await versions.allocate(conn),
+                parent_id=live if job.kind is JobKind.EXTEND else BASE_VERSION,
+            )
+
+    async def _run_training(self, job: Job) -> Job:
+        request = await self._request(job)
+        sink = DatabaseProgress(self._database_url, job.id)
+        # A leader that lost and regained its lock finds its training still running here.
+        if job.id not in self._trainings:
+            blocking = asyncio.to_thread(self._train, request, sink)
+            self._trainings[job.id] = asyncio.create_task(blocking)
+        try:
+            result = await asyncio.shield(self._trainings[job.id])
+        finally:
+            if self._trainings[job.id].done():
+                del self._trainings[job.id]
+        return await self._advance(job, JobState.EVALUATING, seconds=dict(result.seconds))
+
+    async def _request(self, job: Job) -> TrainRequest:
+        async with self._database.transaction() as conn:
+            claimed = await edits.of_job(conn, job.id)
+        assert job.version_id is not None
+        return TrainRequest(
+            job_id=job.id,
+            version_id=job.version_id,
+            parent_id=None if job.parent_id == BASE_VERSION else job.parent_id,
+            model=self._base.path,
+            base_fingerprint=self._base.fingerprint,
+            version_store=self._settings.version_store_url,
+            hparams=presets.load(self._base.facts, self._settings.hparams, job.hparams),
+            edits=tuple(edit.record() for edit in claimed),
+            workers=self._settings.train_workers,
+            scratch_dir=str(self._settings.data_dir.resolve() / "train"),
+        )
+
+    async def _evaluate(self, job: Job) -> Job:
+        started = time.monotonic()
+        assert job.version_id is not None
+        assert job.parent_id is not None
+        async with self._database.transaction() as conn:
+            claimed = await edits.of_job(conn, job.id)
+        records = [edit.record() for edit in claimed]
+        verdicts, metrics = await examine(self._inference, job.version_id, job.parent_id, records)
+        async with self._database.transaction() as conn:
+            await versions.publish(
+                conn,
+                version_id=job.version_id,
+                parent_id=job.parent_id,
+                job_id=job.id,
+                base_fingerprint=self._base.fingerprint,
+                metrics=metrics,
+            )
+            await edits.settle(conn, job.id, job.version_id, verdicts)
+            return await jobs.advance(
+                conn,
+                job.id,
+                JobState.EVALUATING,
+                JobState.PUBLISHING,
+                metrics=metrics,
+                seconds={**job.seconds, "evaluate": time.monotonic() - started},
+            )
+
+    async def _publish(self, job: Job) -> Job:
+        assert job.version_id is not None
+        if not job.activate:
+            return await self._advance(job, JobState.DONE)
+        while True:
+            try:
+                async with self._database.transaction() as conn:
+                    await serving.request(conn, job.version_id)
+                    return await jobs.advance(
+                        conn, job.id, JobState.PUBLISHING, JobState.ROLLING_OUT
+                    )
+            except Conflict as conflict:
+                log.info("job %s waits to roll out: %s", job.id, conflict)
+                await asyncio.sleep(POLL_S)
+
+    async def _await_rollout(self, job: Job) -> Job:
+        started = time.monotonic()
+        assert job.version_id is not None
+        while True:
+            async with self._database.transaction() as conn:
+                version = await versions.get(conn, job.version_id)
+                staging_id = (await serving.current(conn)).staging_id
+            # Retired: committed, and already followed by another.
+            if version.state in (VersionState.LIVE, VersionState.RETIRED):
+                seconds = {**job.seconds, "rollout": time.monotonic() - started}
+                return await self._advance(job, JobState.DONE, seconds=seconds)
+            if version.state is VersionState.REJECTED:
+                raise VersionRejected(version.error or f"version {version.id} was rejected")
+            if staging_id != version.id:
+                # The version is sound and stays published; its edits are in it.
+                error = f"{version.id} is published but its rollout was given up: {version.error}"
+                return await self._advance(job, JobState.FAILED, error=error)
+            await asyncio.sleep(POLL_S)
+
+    async def _advance(self, job: Job, to: JobState, **changes: object) -> Job:
+        async with self._database.transaction() as conn:
+            return await jobs.advance(conn, job.id, job.state, to, **changes)
+
+    async def _fail(self, job: Job, error: str) -> None:
+        async with self._database.transaction() as conn:
+            present = await jobs.get(conn, job.id)
+            await edits.release(conn, job.id, error)
+            await jobs.advance(conn, job.id, present.state, JobState.FAILED, error=error)

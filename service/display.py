@@ -1,0 +1,124 @@
+"""What the command line shows. Knows only the shapes of the HTTP answers."""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from service.client import JSON, ApiError, Client
+
+console = Console(highlight=False)
+
+ENDED = ("done", "failed", "cancelled")
+POLL_S = 0.5
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    shown = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        shown.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(shown)
+
+
+def pairs(values: JSON) -> None:
+    given = [(name, value) for name, value in values.items() if value not in (None, {}, [], "")]
+    table(("", ""), given)
+
+
+def ready(value: JSON) -> None:
+    console.print(f"Errata is ready at {value['url']} (API: {value['url']}/docs). Ctrl-C ends it.")
+
+
+def submitted(answers: list[JSON]) -> None:
+    replaced = sum("supersedes" in answer for answer in answers)
+    console.print(f"{len(answers)} edits queued; {replaced} of them replace earlier ones")
+
+
+def edits(items: list[JSON]) -> None:
+    rows = [(e["id"], e["state"], e["version"], e["prompt"], e["target"]) for e in items]
+    table(("id", "state", "version", "prompt", "target"), rows)
+
+
+def edit(item: JSON) -> None:
+    history = item.pop("history")
+    pairs(item)
+    rows = [(h["at"], h["state"], h["job"], h["version"], h["detail"]) for h in history]
+    table(("at", "state", "job", "version", "detail"), rows)
+
+
+def jobs(items: list[JSON]) -> None:
+    rows = [(j["id"], j["kind"], j["state"], j["edits"], j["version"], j["error"]) for j in items]
+    table(("id", "kind", "state", "edits", "version", "error"), rows)
+
+
+def job(item: JSON) -> None:
+    pairs({**item, "metrics": figures(item["metrics"]), "seconds": figures(item["seconds"])})
+
+
+def versions(items: list[JSON]) -> None:
+    rows = [
+        (v["id"], v["state"], v["parent"], v["edits"], figures(v["metrics"]), v["created_at"])
+        for v in items
+    ]
+    table(("id", "state", "parent", "edits", "metrics", "created"), rows)
+
+
+def version(item: JSON) -> None:
+    verdicts = item.pop("verdicts", [])
+    pairs({**item, "metrics": figures(item["metrics"])})
+    rows = [(v["edit"], "yes" if v["reliable"] else "no", v["answer"]) for v in verdicts]
+    if rows:
+        table(("edit", "reliable", "answer"), rows)
+
+
+def serving(item: JSON) -> None:
+    console.print(f"{item['version']} is live (generation {item['generation']})")
+
+
+def answers(item: JSON) -> None:
+    console.print(item["prompt"], style="bold")
+    table(("", ""), [(a["version"], a["answer"].strip()) for a in item["answers"]])
+
+
+def figures(values: JSON) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def watch(api: Client, job_id: str, *, quiet: bool = False) -> JSON:
+    """Follows a job until it ends: a bar on a terminal, a line a change otherwise."""
+    shown = ""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
+        bar = bars.add_task("pending", total=1.0)
+        while (item := api.get(f"/jobs/{job_id}"))["state"] not in ENDED:
+            line = status(item)
+            progress = item["progress"]
+            done = progress["epoch"] / progress["max_epochs"] if progress else 0.0
+            bars.update(bar, description=line, completed=done)
+            if line != shown and not quiet and not console.is_terminal:
+                console.print(line)
+            shown = line
+            time.sleep(POLL_S)
+    return item
+
+
+def status(item: JSON) -> str:
+    progress = item["progress"]
+    if item["state"] != "training" or not progress:
+        return str(item["state"])
+    return f"training: epoch {progress['epoch']}, loss {progress['loss']:.3f}"
+
+
+def await_live(api: Client, version_id: str, timeout_s: float = 120.0) -> JSON:
+    """Waits until `version_id` is committed; raises `ApiError` if it is not going to be."""
+    deadline = time.monotonic() + timeout_s
+    while (item := api.get("/serving"))["version"] != version_id:
+        if item["staging"] != version_id:
+            error = api.get(f"/versions/{version_id}")["error"]
+            raise ApiError(None, f"{version_id} was not activated: {error or 'given up'}")
+        if time.monotonic() > deadline:
+            raise ApiError(None, f"{version_id} is still being staged after {timeout_s:g} s")
+        time.sleep(0.05)
+    return item

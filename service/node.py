@@ -1,0 +1,163 @@
+"""The whole service on one machine, in the foreground: PostgreSQL, Ray, Serve; and their end."""
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+
+from service.errors import ConfigurationError
+from service.settings import Settings
+from service.store import versions
+from service.store.database import Database
+from service.store.embedded import EmbeddedPostgres
+from service.store.migrate import upgrade
+
+
+def run(settings: Settings, ready: Callable[[str], None]) -> None:
+    """Starts everything, calls `ready` with the URL, and waits for SIGINT or SIGTERM.
+
+    Raises `ConfigurationError` (or `workers.errors.UnsupportedModel`) before anything is started
+    if the settings cannot work.
+    """
+    stop = threading.Event()
+    on_signal(stop)
+    with ExitStack() as stack:
+        url = stack.enter_context(started(settings))
+        # Ray put its own in place, which end the process at once.
+        on_signal(stop)
+        ready(url)
+        stop.wait()
+
+
+def on_signal(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+
+@contextmanager
+def started(settings: Settings) -> Iterator[str]:
+    """The running service's URL; everything ends with the block."""
+    from service.app import APP_NAME, build_app
+    from service.coordinator.pipeline import BaseModel
+    from workers.models import check, fingerprint, resolve
+
+    check_host(settings.host)
+    check_port(settings.host, settings.port)
+    path = resolve(settings.model_path)
+    base = BaseModel(str(path), check(path), fingerprint(path))
+    with owned(settings.data_dir), database(settings) as database_url:
+        upgrade(database_url)
+        asyncio.run(ensure_base(database_url, base.fingerprint))
+        with ray_cluster(settings):
+            from ray import serve
+
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": settings.host, "port": settings.port},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
+            )
+            serve.run(build_app(settings, database_url, base), name=APP_NAME, route_prefix="/")
+            try:
+                yield f"http://{settings.host}:{settings.port}"
+            finally:
+                serve.shutdown()
+
+
+def check_host(host: str) -> None:
+    """Refuses to listen beyond this machine: nobody is authenticated yet."""
+    if host != "localhost" and not (is_address(host) and ip_address(host).is_loopback):
+        raise ConfigurationError(
+            f"host: {host!r} is not a loopback address, and requests are not authenticated; "
+            "use 127.0.0.1 and a proxy that authenticates"
+        )
+
+
+def is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"port: {port} on {host} cannot be used ({error.strerror}); choose another: --port"
+            ) from error
+
+
+@contextmanager
+def owned(data_dir: Path) -> Iterator[None]:
+    """Makes the data directory if it is not there, and keeps a second service out of it."""
+    with ExitStack() as stack:
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((data_dir / "lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"data_dir: {data_dir} is in use by another errata; end it or choose another"
+            ) from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"data_dir: {data_dir} is not writable ({error.strerror}); "
+                "choose another with --data-dir or ERRATA_DATA_DIR"
+            ) from error
+        yield
+
+
+@contextmanager
+def database(settings: Settings) -> Iterator[str]:
+    """The database's URL: the one that is set, or that of an embedded server."""
+    if settings.database_url:
+        yield settings.database_url
+        return
+    server = EmbeddedPostgres(settings.data_dir.resolve())
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+async def ensure_base(database_url: str, fingerprint: str) -> None:
+    store = Database(database_url)
+    try:
+        async with store.transaction() as conn:
+            await versions.ensure_base(conn, fingerprint)
+    finally:
+        await store.dispose()
+
+
+@contextmanager
+def ray_cluster(settings: Settings) -> Iterator[None]:
+    """A Ray of our own on loopback, or the one that `RAY_ADDRESS` names."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level="WARNING")
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, settings.train_workers + 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="WARNING",
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,135 @@
+"""The connection to PostgreSQL: transactions, notifications, and what to say when it is away.
+
+Knows nothing about tables. Every way in raises `Unavailable` when the server cannot be reached.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+import psycopg
+from psycopg import sql
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from service.errors import ConfigurationError, Unavailable
+
+_CONNECT = {
+    "connect_timeout": "5",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+}
+_RECONNECT_S = 0.5
+# Classes 08 (connection), 53 (too many of them) and 57 (shutdown, crash, starting up).
+_AWAY = ("08", "53", "57P")
+
+log = logging.getLogger(__name__)
+
+
+def parse_url(url: str) -> URL:
+    """`url` for SQLAlchemy and psycopg 3; `ConfigurationError` unless it names a PostgreSQL."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # The parser's own message may quote the password.
+        raise ConfigurationError(
+            "database_url is not a URL; write it as postgresql://user:password@host:port/database "
+            "with special characters in the password percent-encoded"
+        ) from None
+    if parsed.get_backend_name() != "postgresql":
+        raise ConfigurationError(
+            f"database_url: {parsed.get_backend_name()!r} is not supported; errata needs PostgreSQL"
+        )
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def with_timeouts(url: URL) -> URL:
+    """`url` with libpq's timeouts, where it does not set them itself."""
+    return url.update_query_dict({name: v for name, v in _CONNECT.items() if name not in url.query})
+
+
+async def connect(url: URL) -> psycopg.AsyncConnection[tuple[object, ...]]:
+    """A connection outside any pool, in autocommit mode; `psycopg.OperationalError` if it fails."""
+    conninfo = with_timeouts(url).set(drivername="postgresql")
+    return await psycopg.AsyncConnection.connect(
+        conninfo.render_as_string(hide_password=False), autocommit=True
+    )
+
+
+def is_away(error: DBAPIError | psycopg.Error) -> bool:
+    """Whether `error` means that the server cannot be reached, not that a statement failed."""
+    driver = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    if not isinstance(driver, psycopg.OperationalError):
+        return False
+    return driver.sqlstate is None or driver.sqlstate.startswith(_AWAY)
+
+
+def cannot_connect(url: URL, error: DBAPIError | psycopg.Error) -> ConfigurationError:
+    """What to tell whoever started the service; never the password."""
+    reason = str(error.orig if isinstance(error, DBAPIError) else error).strip()
+    if isinstance(url.password, str) and url.password:
+        reason = reason.replace(url.password, "***")
+    shown = url.set(drivername="postgresql").render_as_string(hide_password=True)
+    return ConfigurationError(
+        f"cannot use the database {shown}: {reason}; check database_url and that the server runs"
+    )
+
+
+class Database:
+    """A pool of connections to one database, bound to the event loop that first uses it."""
+
+    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+        self._url = parse_url(url)
+        self._engine = create_async_engine(
+            with_timeouts(self._url),
+            pool_pre_ping=True,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=10,
+            # Of INSERTs, too: several queries ask how many rows they wrote.
+            execution_options={"preserve_rowcount": True},
+        )
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A connection in a transaction: committed at the end, rolled back on an exception."""
+        try:
+            async with self._engine.begin() as conn:
+                yield conn
+        except DBAPIError as error:
+            if not is_away(error):
+                raise
+            raise Unavailable("the database cannot be reached now; try again soon") from error
+        except PoolTimeout as error:
+            raise Unavailable("the database is busy; try again soon") from error
+
+    async def listen(self, channel: str) -> AsyncGenerator[str]:
+        """The payloads sent to `channel`, for ever, on a connection of its own.
+
+        It reconnects by itself; what was sent meanwhile is lost, so poll too.
+        """
+        while True:
+            try:
+                async with aclosing(self._listen_once(channel)) as heard:
+                    async for payload in heard:
+                        yield payload
+            except psycopg.OperationalError as error:
+                log.warning("not listening on %s: %s; connecting again", channel, error)
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _listen_once(self, channel: str) -> AsyncGenerator[str]:
+        async with await connect(self._url) as conn:
+            await conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+            async with aclosing(conn.notifies()) as notifications:
+                async for notification in notifications:
+                    yield notification.payload
+
+    async def dispose(self) -> None:
+        """Close every pooled connection."""
+        await self._engine.dispose()

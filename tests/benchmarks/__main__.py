@@ -1,0 +1,5 @@
+"""Every benchmark, one after the other."""
+
+from tests.benchmarks import queries
+
+queries.main()

@@ -1,0 +1,69 @@
+"""kill -9 of everything, then of the coordinator; then a shard that rotted on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from service import display
+from service.client import JSON, ApiError, Client, read_jsonl
+from tests.service_process import ServiceProcess
+from workers.artifact import read_manifest
+
+EDITS = read_jsonl(Path(__file__).parents[2] / "deploy" / "demo" / "edits.jsonl")[:10]
+
+
+def test_acknowledged_edits_survive_and_are_applied(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    first = ServiceProcess(data_dir)
+    ids = {answer["id"] for answer in first.client.submit(EDITS)}
+    first.kill_everything()
+
+    second = ServiceProcess(data_dir)
+    try:
+        api = second.client
+        assert {edit["id"] for edit in api.pages("/edits", "edits", state="queued")} == ids
+        job = api.post("/jobs", {"kind": "extend"})
+        wait_for(api, f"/jobs/{job['id']}", lambda item: item["progress"] is not None)
+        second.actor("Coordinator").kill()
+        ended = display.watch(api, job["id"], quiet=True)
+        assert ended["state"] == "done", ended["error"]
+        assert {edit["id"] for edit in api.pages("/edits", "edits", state="applied")} == ids
+        live = ended["version"]
+        api.post("/versions/v0/activate", {})
+        display.await_live(api, "v0")
+    finally:
+        assert second.stop() == 0
+
+    shard, expected = flip_a_bit(data_dir / "store", live)
+    third = ServiceProcess(data_dir)
+    try:
+        api = third.client
+        answer = api.ask(EDITS[0]["prompt"])
+        api.post(f"/versions/{live}/activate", {})
+        with pytest.raises(ApiError, match=shard) as caught:
+            display.await_live(api, live)
+        assert expected in caught.value.detail
+        assert api.get(f"/versions/{live}")["state"] == "rejected"
+        with pytest.raises(ApiError, match=shard) as again:
+            api.post(f"/versions/{live}/activate", {})
+        assert again.value.status == 409
+        assert api.get("/serving")["version"] == "v0"
+        assert api.ask(EDITS[0]["prompt"]) == answer
+    finally:
+        assert third.stop() == 0
+
+
+def wait_for(api: Client, path: str, reached: Callable[[JSON], bool]) -> None:
+    while not reached(api.get(path)):
+        pass
+
+
+def flip_a_bit(store: Path, version: str) -> tuple[str, str]:
+    """Spoils the version's first shard; returns its name and the digest it should have."""
+    shard = read_manifest(str(store), version).tensors[0].shards[0]
+    path = store / "versions" / version / shard.file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return shard.file, shard.sha256
