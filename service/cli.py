@@ -1,6 +1,7 @@
 """`errata`: the command line. Every command but `up` is a client of the HTTP interface."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -68,6 +69,8 @@ def up(
         "train_workers": train_workers,
         "data_dir": data_dir,
     }
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger(node.__name__).setLevel(logging.INFO)
     changes = {name: value for name, value in given.items() if value is not None}
     node.run(Settings().replace(**changes), lambda url: show({"url": url}, as_json, display.ready))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,8 @@ from service.store.database import Database
 from service.store.embedded import EmbeddedPostgres
 from service.store.migrate import upgrade
 
+log = logging.getLogger(__name__)
+
 
 def run(settings: Settings, ready: Callable[[str], None]) -> None:
     """Starts everything, calls `ready` with the URL, and waits for SIGINT or SIGTERM.
@@ -26,18 +29,15 @@ def run(settings: Settings, ready: Callable[[str], None]) -> None:
     if the settings cannot work.
     """
     stop = threading.Event()
-    on_signal(stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
+        stack.callback(log.info, "ended")
         url = stack.enter_context(started(settings))
-        # Ray put its own in place, which end the process at once.
-        on_signal(stop)
+        # Only now: Ray puts handlers of its own in place, which end the process at once.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         ready(url)
         stop.wait()
-
-
-def on_signal(stop: threading.Event) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
 
 
 @contextmanager
@@ -50,7 +50,9 @@ def started(settings: Settings) -> Iterator[str]:
     check_host(settings.host)
     check_port(settings.host, settings.port)
     path = resolve(settings.model_path)
-    base = BaseModel(str(path), check(path), fingerprint(path))
+    facts = check(path)
+    log.info("reading the model %s", path)
+    base = BaseModel(str(path), facts, fingerprint(path))
     with owned(settings.data_dir), database(settings) as database_url:
         upgrade(database_url)
         asyncio.run(ensure_base(database_url, base.fingerprint))
@@ -62,10 +64,12 @@ def started(settings: Settings) -> Iterator[str]:
                 http_options={"host": settings.host, "port": settings.port},
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
+            log.info("loading the model on %d replicas", settings.replicas)
             serve.run(build_app(settings, database_url, base), name=APP_NAME, route_prefix="/")
             try:
                 yield f"http://{settings.host}:{settings.port}"
             finally:
+                log.info("ending: requests in flight are answered first")
                 serve.shutdown()
 
 
@@ -124,6 +128,7 @@ def database(settings: Settings) -> Iterator[str]:
     if settings.database_url:
         yield settings.database_url
         return
+    log.info("starting PostgreSQL in %s", settings.data_dir)
     server = EmbeddedPostgres(settings.data_dir.resolve())
     try:
         yield server.start()
@@ -145,6 +150,11 @@ def ray_cluster(settings: Settings) -> Iterator[None]:
     """A Ray of our own on loopback, or the one that `RAY_ADDRESS` names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+
+    log.info("starting Ray")
+    # What they say of a healthy start is of no use to who runs `errata up`.
+    for name in ("ray.serve", "ray._private.authentication.authentication_token_setup"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level="WARNING")

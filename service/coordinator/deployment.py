@@ -54,6 +54,12 @@ class Coordinator:
         if self._main.done():
             self._main.result()
 
+    async def stop(self) -> None:
+        """Gives the lead up; what it was doing is for the next leader to go on with."""
+        self._main.cancel()
+        await asyncio.gather(self._main, return_exceptions=True)
+        await self._database.dispose()
+
     async def _run(self) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
