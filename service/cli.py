@@ -205,3 +205,7 @@ def main() -> None:
 def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,8 @@ def jobs(items: list[JSON]) -> None:
 
 
 def job(item: JSON) -> None:
-    pairs({**item, "metrics": figures(item["metrics"]), "seconds": figures(item["seconds"])})
+    shown = {"metrics": figures(item["metrics"]), "seconds": figures(item["seconds"])}
+    pairs({**item, "progress": reached(item["progress"]), **shown})
 
 
 def versions(items: list[JSON]) -> None:
@@ -88,27 +89,35 @@ def figures(values: JSON) -> str:
 
 def watch(api: Client, job_id: str, *, quiet: bool = False) -> JSON:
     """Follows a job until it ends: a bar on a terminal, a line a change otherwise."""
-    shown = ""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    shown = None
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
         bar = bars.add_task("pending", total=1.0)
         while (item := api.get(f"/jobs/{job_id}"))["state"] not in ENDED:
-            line = status(item)
-            progress = item["progress"]
-            done = progress["epoch"] / progress["max_epochs"] if progress else 0.0
-            bars.update(bar, description=line, completed=done)
-            if line != shown and not quiet and not console.is_terminal:
-                console.print(line)
-            shown = line
+            progress = item["progress"] or {"epoch": 0, "max_epochs": 1}
+            bars.update(
+                bar, description=status(item), completed=progress["epoch"] / progress["max_epochs"]
+            )
+            stage = (item["state"], progress["epoch"])
+            if stage != shown and not quiet and not console.is_terminal:
+                console.print(status(item))
+            shown = stage
             time.sleep(POLL_S)
     return item
 
 
 def status(item: JSON) -> str:
-    progress = item["progress"]
-    if item["state"] != "training" or not progress:
+    if item["state"] != "training" or not item["progress"]:
         return str(item["state"])
-    return f"training: epoch {progress['epoch']}, loss {progress['loss']:.3f}"
+    return f"training: {reached(item['progress'])}"
+
+
+def reached(progress: JSON | None) -> str:
+    if progress is None:
+        return ""
+    epochs = f"epoch {progress['epoch']} of at most {progress['max_epochs']}"
+    left = f"at most {progress['seconds_left']:.0f} s left"
+    return f"{epochs}, loss {progress['loss']:.3f}, {left}"
 
 
 def await_live(api: Client, version_id: str, timeout_s: float = 120.0) -> JSON:
