@@ -162,7 +162,8 @@ def ray_cluster(settings: Settings) -> Iterator[None]:
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, settings.train_workers + 1),
-            include_dashboard=False,
+            # Ray Train asks it whether a run's controller lives, and gives a dead one's CPUs back.
+            include_dashboard=True,
             log_to_driver=False,
             logging_level="WARNING",
             _node_ip_address="127.0.0.1",

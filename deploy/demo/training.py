@@ -58,6 +58,7 @@ def train_model(
 ) -> Qwen2ForCausalLM:
     """Adam under a cosine schedule; repeats on one machine and number of threads."""
     torch.manual_seed(recipe.seed)
+    torch.use_deterministic_algorithms(True)
     torch.set_flush_denormal(True)  # the squares of vanishing gradients slow a CPU down threefold
     rng = random.Random(recipe.seed)
     model = Qwen2ForCausalLM(config).train()
