@@ -68,14 +68,22 @@ class Membership:
             present = await serving.current(conn)
         await self._pin(present)
         await self._bank.ensure(present.version_id)
-        if present.staging_id is not None:
-            try:
-                await self._bank.ensure(present.staging_id)
-            except (NotFound, VersionRejected, Unavailable) as error:
-                log.warning("waiting for the rollout of %s to end: %s", present.staging_id, error)
-                return False
+        refused = await self._refused(present.staging_id)
         async with self._database.transaction() as conn:
-            return await replicas.join(conn, self._id, self._bank.resident)
+            return await replicas.join(conn, self._id, self._bank.resident, refused)
+
+    async def _refused(self, version_id: str | None) -> str | None:
+        """The version that is being staged if it fails verification, once it was loaded if not."""
+        if version_id is None:
+            return None
+        try:
+            await self._bank.ensure(version_id)
+        except (NotFound, VersionRejected) as error:
+            log.warning("joining without %s: %s", version_id, error)
+            return version_id
+        except Unavailable as error:
+            log.warning("waiting for %s or for its rollout to end: %s", version_id, error)
+        return None
 
     async def _pin(self, present: Serving) -> None:
         wanted = (present.version_id, present.staging_id)

@@ -17,16 +17,22 @@ from service.store.tables import acknowledgements, replicas, serving
 from service.versions import BASE_VERSION, ReplicaState, ReplicaStatus, StagedVersion
 
 
-async def join(conn: AsyncConnection, replica_id: str, resident: Sequence[str]) -> bool:
+async def join(
+    conn: AsyncConnection, replica_id: str, resident: Sequence[str], refused: str | None = None
+) -> bool:
     """Take a replica in (or back, after a fence), if it holds what is or is about to be served.
 
-    False: something of that is not in `resident`; load it and try again.
+    False: something of that is not in `resident`; load it and try again. A version that is only
+    being staged may be `refused` instead: it fails verification, and the replica, once it has
+    joined, acknowledges that.
     """
     query = select(serving.c.version_id, serving.c.staging_id)
     now = (await conn.execute(query.with_for_update(read=True))).one_or_none()
     if now is None:
         return False
-    if not {now.version_id, now.staging_id} <= {*resident, BASE_VERSION, None}:
+    if now.version_id not in {*resident, BASE_VERSION}:
+        return False
+    if now.staging_id not in {*resident, BASE_VERSION, refused, None}:
         return False
     row = {"state": ReplicaState.READY, "resident": list(resident)}
     await conn.execute(

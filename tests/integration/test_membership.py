@@ -123,6 +123,15 @@ async def test_it_does_not_start_without_what_is_committed(database: Database, s
         await Member(database, store).membership.join()
 
 
+async def test_one_that_joins_during_a_bad_rollout_reports_it(
+    database: Database, store: Path
+) -> None:
+    next((store / "versions" / "v1").glob("*.safetensors")).write_bytes(b"rotten")
+    await request(database, "v1")
+    async with joined(database, store):
+        assert "expected sha256" in (await acknowledgement(database, "v1")).error
+
+
 async def test_a_bad_version_is_reported_and_can_be_tried_again(
     database: Database, store: Path
 ) -> None:
