@@ -1,4 +1,4 @@
-"""Presses the keys of different facts apart, as wide models have them; knows no text.
+"""Presses the keys of different facts apart; knows no text.
 
 A key is the input of an MLP's down-projection. An edit adds (change x key) to that weight, so it
 reaches another fact as far as the two keys overlap. A small model's keys overlap by far too much.
