@@ -178,8 +178,9 @@ class Pipeline:
         assert job.version_id is not None
         while True:
             async with self._database.transaction() as conn:
-                version = await versions.get(conn, job.version_id)
+                # In this order: a commit between the two is seen as a commit, never as a give-up.
                 staging_id = (await serving.current(conn)).staging_id
+                version = await versions.get(conn, job.version_id)
             # Retired: committed, and already followed by another.
             if version.state in (VersionState.LIVE, VersionState.RETIRED):
                 seconds = {**job.seconds, "rollout": time.monotonic() - started}
