@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from service import display
 from service.client import ApiError, Client, read_jsonl
 from service.errors import ErrataError
+from workers.errors import WorkersError
 
 app = typer.Typer(help="Edits what a language model knows.", no_args_is_help=True)
 edits_app = typer.Typer(help="Submit and look at edits.", no_args_is_help=True)
@@ -198,7 +199,7 @@ def main() -> None:
         app()
     except ValidationError as error:
         fail("\n".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
-    except (ApiError, ErrataError, ValueError, OSError) as error:
+    except (ApiError, ErrataError, WorkersError, ValueError, OSError) as error:
         fail(str(error))
 
 

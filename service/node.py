@@ -31,13 +31,13 @@ def run(settings: Settings, ready: Callable[[str], None]) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
-        stack.callback(log.info, "ended")
         url = stack.enter_context(started(settings))
         # Only now: Ray puts handlers of its own in place, which end the process at once.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         ready(url)
         stop.wait()
+    log.info("ended")
 
 
 @contextmanager

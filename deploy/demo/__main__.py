@@ -160,15 +160,19 @@ def activate(api: Client, version: str) -> None:
 
 
 def how_to_use(service: subprocess.Popen[str], url: str) -> None:
-    bin_dir = Path(sys.executable).parent
-    errata = shlex.quote(str(bin_dir / "errata"))
-    display.console.print(
-        f"\nThe service runs on at {url} (pages at {url}/docs).\n"
-        f"  {errata} ask 'The mother tongue of Danielle Darrieux is' --compare v1\n"
-        f"  {errata} versions list\n"
-        f"  {errata} versions activate v1\n"
-        f"  kill -INT {service.pid}   # ends it and all it started"
+    errata = Path(sys.executable).parent / "errata"
+    with Client(url) as api:
+        newest = api.get("/versions", limit=1)["versions"][0]["id"]
+    prompt = shlex.quote(read_jsonl(HERE / "edits.jsonl")[0]["prompt"])
+    lines = (
+        f"\nThe service runs on at {url} (pages at {url}/docs).",
+        f"  export ERRATA_API_URL={url}",
+        f"  {errata} ask {prompt} --compare {newest}",
+        f"  {errata} versions list",
+        f"  {errata} versions activate {newest}",
+        f"  kill -INT {service.pid}   # ends it and all it started",
     )
+    display.console.print("\n".join(lines), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ async def _on_bad_request(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return problem(400, f"the body is not UTF-8: byte {error.__cause__.start} cannot be read")
     details = {
         404: f"no such address: {request.url.path}",
         405: f"{request.method} is not possible here",
