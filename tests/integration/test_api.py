@@ -211,6 +211,12 @@ async def test_bodies_as_they_come(api: httpx.AsyncClient) -> None:
             problem(response, status)
 
 
+async def test_a_body_that_is_not_utf8_says_so(api: httpx.AsyncClient) -> None:
+    headers = {"content-type": "application/json"}
+    response = await api.post("/edits", content=raw(prompt=b'"\xff"'), headers=headers)
+    assert "not UTF-8" in problem(response, 400)["detail"]
+
+
 async def test_json_must_be_sent_as_json(api: httpx.AsyncClient) -> None:
     for content_type in ("application/x-www-form-urlencoded", "text/plain"):
         response = await api.post("/edits", content=raw(), headers={"content-type": content_type})
