@@ -2,7 +2,6 @@
 
 ErrataError
 ├── InvalidInput        a user's mistake; names fields                  422
-├── Unauthenticated                                                    401
 ├── NotFound            no such edit, job, version, model              404
 ├── Conflict            the request contradicts the present state      409
 ├── Unavailable         cannot be served now; try again later          503
@@ -36,9 +35,6 @@ class ErrataError(Exception):
 
 
 class InvalidInput(ErrataError): ...
-
-
-class Unauthenticated(ErrataError): ...
 
 
 class NotFound(ErrataError): ...

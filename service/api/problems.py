@@ -15,7 +15,6 @@ from service.errors import (
     FieldError,
     InvalidInput,
     NotFound,
-    Unauthenticated,
     Unavailable,
     VersionRejected,
 )
@@ -23,7 +22,6 @@ from service.errors import (
 RETRY_AFTER_S = 1
 STATUS: dict[type[ErrataError], HTTPStatus] = {
     InvalidInput: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Unauthenticated: HTTPStatus.UNAUTHORIZED,
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
     VersionRejected: HTTPStatus.CONFLICT,
