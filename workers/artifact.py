@@ -8,51 +8,21 @@ a slice is of the parameter's row-major elements.
 """
 
 import hashlib
-import os
-import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
-import fsspec
-import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from workers import slices
 from workers.contract import DType, Hparams, Record, TrainResult
-from workers.errors import (
-    ArtifactError,
-    BaseMismatch,
-    DigestMismatch,
-    ManifestMissing,
-    ShardMissing,
-)
+from workers.errors import ArtifactError, BaseMismatch, DigestMismatch, ManifestMissing
+from workers.slices import Folder, Shard, Slice
 
 FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_DTYPES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
-
-class Shard(Record):
-    """One file: elements `[start, end)` of its tensor, and the digest of the file's bytes."""
-
-    file: str
-    start: int
-    end: int
-    sha256: str
-    bytes: int
-
-
-class Slice(Record):
-    """What one rank wrote of one tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: DType
-    shard: Shard
 
 
 class TensorEntry(Record):
@@ -99,16 +69,14 @@ def digest_of(tensor_digests: dict[str, str]) -> str:
 
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a tensor's row-major bytes."""
-    return hashlib.sha256(_raw(tensor)).hexdigest()
+    return hashlib.sha256(slices.raw(tensor)).hexdigest()
 
 
 def prepare(store: str, version_id: str) -> None:
     """Removes what an unfinished run left of a version; refuses the id of a finished one."""
-    fs, folder = _folder(store, version_id)
-    _refuse_finished(fs, folder)
-    if fs.exists(folder):
-        fs.rm(folder, recursive=True)
-    fs.makedirs(folder, exist_ok=True)
+    folder = _writable(store, version_id)
+    folder.remove()
+    folder.make()
 
 
 def write_slice(
@@ -122,49 +90,28 @@ def write_slice(
     ranks: int,
 ) -> Slice:
     """Writes a rank's flat slice of a parameter, beginning at element `start`, durably."""
-    if flat.dtype not in _DTYPES:
-        raise ArtifactError(
-            f"{name}: dtype {flat.dtype} cannot be published; use float32 or bfloat16"
-        )
-    fs, folder = _folder(store, version_id)
-    _refuse_finished(fs, folder)
-    file = f"{name}.{rank:05d}-of-{ranks:05d}.safetensors"
-    payload = safetensors.torch.save({name: flat.detach().cpu().contiguous()})
-    fs.makedirs(folder, exist_ok=True)
-    _write(fs, f"{folder}/{file}", payload)
-    shard = Shard(
-        file=file,
-        start=start,
-        end=start + flat.numel(),
-        sha256=hashlib.sha256(payload).hexdigest(),
-        bytes=len(payload),
-    )
-    return Slice(name=name, shape=tuple(shape), dtype=_DTYPES[flat.dtype], shard=shard)
+    folder = _writable(store, version_id)
+    return slices.write_slice(folder, name, shape, start, flat, rank, ranks)
 
 
-def write_manifest(store: str, lineage: Lineage, slices: Sequence[Slice]) -> Manifest:
+def write_manifest(store: str, lineage: Lineage, pieces: Sequence[Slice]) -> Manifest:
     """Reads all slices back, verifies that they are whole, and makes the version exist.
 
     Raises `ArtifactError` if the slices of a tensor leave a gap or overlap.
     """
-    fs, folder = _folder(store, lineage.version_id)
-    _refuse_finished(fs, folder)
-    names = sorted({piece.name for piece in slices})
+    folder = _writable(store, lineage.version_id)
+    names = sorted({piece.name for piece in pieces})
     entries = tuple(
-        _entry(fs, folder, [piece for piece in slices if piece.name == name]) for name in names
+        _entry(folder, [piece for piece in pieces if piece.name == name]) for name in names
     )
     manifest = Manifest(**dict(lineage), tensors=entries)
-    unfinished = f"{folder}/.{MANIFEST}.partial"
-    _write(fs, unfinished, manifest.model_dump_json(indent=2).encode())
-    fs.mv(unfinished, f"{folder}/{MANIFEST}")
-    _sync_folder(fs, folder)
+    folder.write_last(MANIFEST, manifest.model_dump_json(indent=2).encode())
     return manifest
 
 
 def exists(store: str, version_id: str) -> bool:
     """Whether the version was finished."""
-    fs, folder = _folder(store, version_id)
-    return bool(fs.exists(f"{folder}/{MANIFEST}"))
+    return _folder(store, version_id).has(MANIFEST)
 
 
 def read_manifest(store: str, version_id: str, base_fingerprint: str | None = None) -> Manifest:
@@ -172,10 +119,10 @@ def read_manifest(store: str, version_id: str, base_fingerprint: str | None = No
 
     Raises `ManifestMissing`, `BaseMismatch`, or `ArtifactError` if it cannot be understood.
     """
-    fs, folder = _folder(store, version_id)
+    folder = _folder(store, version_id)
     path = f"{folder}/{MANIFEST}"
     try:
-        manifest = Manifest.model_validate_json(fs.cat_file(path))
+        manifest = Manifest.model_validate_json(folder.read(MANIFEST))
     except FileNotFoundError as error:
         raise ManifestMissing(f"version {version_id}: no {path}, so no such version") from error
     except ValidationError as error:
@@ -192,9 +139,10 @@ def read_manifest(store: str, version_id: str, base_fingerprint: str | None = No
 
 def read_tensors(store: str, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     """Every edited parameter, whole, on the CPU; each is verified before it is given out."""
-    fs, folder = _folder(store, manifest.version_id)
+    folder = _folder(store, manifest.version_id)
     for entry in manifest.tensors:
-        flat = torch.cat([_load(fs, folder, entry.name, shard) for shard in entry.shards])
+        pieces = [slices.read_shard(folder, entry.name, shard) for shard in entry.shards]
+        flat = torch.cat(pieces)
         found = tensor_digest(flat)
         if found != entry.sha256:
             raise DigestMismatch(f"{folder}: tensor {entry.name}", entry.sha256, found)
@@ -203,35 +151,17 @@ def read_tensors(store: str, manifest: Manifest) -> Iterator[tuple[str, Tensor]]
 
 def read_slice(store: str, manifest: Manifest, name: str, start: int, end: int) -> Tensor:
     """Elements `[start, end)` of a parameter, flat; only their shards are read, and verified."""
-    fs, folder = _folder(store, manifest.version_id)
     entry = next((entry for entry in manifest.tensors if entry.name == name), None)
     if entry is None:
         raise ArtifactError(f"version {manifest.version_id} holds no parameter {name}")
-    if not 0 <= start <= end <= entry.shards[-1].end:
-        raise ArtifactError(f"{name}: no elements [{start}, {end}) in {entry.shards[-1].end}")
-    pieces = [
-        _load(fs, folder, name, shard)[max(start - shard.start, 0) : end - shard.start]
-        for shard in entry.shards
-        if shard.start < end and start < shard.end
-    ]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=getattr(torch, entry.dtype))
+    return slices.read_range(_folder(store, manifest.version_id), name, entry.shards, start, end)
 
 
-def _entry(fs: Any, folder: str, slices: Sequence[Slice]) -> TensorEntry:
-    ordered = sorted(slices, key=lambda piece: piece.shard.start)
-    first = ordered[0]
-    reached, digest = 0, hashlib.sha256()
+def _entry(folder: Folder, pieces: Sequence[Slice]) -> TensorEntry:
+    ordered = slices.ordered(pieces)
+    first, digest = ordered[0], hashlib.sha256()
     for piece in ordered:
-        if (piece.shape, piece.dtype) != (first.shape, first.dtype):
-            raise ArtifactError(f"{first.name}: its slices differ in shape or dtype")
-        if piece.shard.start != reached:
-            raise ArtifactError(
-                f"{first.name}: the next slice begins at {piece.shard.start}, not at {reached}"
-            )
-        digest.update(_raw(_load(fs, folder, first.name, piece.shard)))
-        reached = piece.shard.end
-    if reached != torch.Size(first.shape).numel():
-        raise ArtifactError(f"{first.name}: slices end at {reached}, the shape is {first.shape}")
+        digest.update(slices.raw(slices.read_shard(folder, first.name, piece.shard)))
     return TensorEntry(
         name=first.name,
         shape=first.shape,
@@ -241,52 +171,12 @@ def _entry(fs: Any, folder: str, slices: Sequence[Slice]) -> TensorEntry:
     )
 
 
-def _load(fs: Any, folder: str, name: str, shard: Shard) -> Tensor:
-    path = f"{folder}/{shard.file}"
-    try:
-        payload: bytes = fs.cat_file(path)
-    except FileNotFoundError as error:
-        raise ShardMissing(f"{path} is named by the manifest and not there") from error
-    found = hashlib.sha256(payload).hexdigest()
-    if found != shard.sha256:
-        raise DigestMismatch(path, shard.sha256, found)
-    flat: Tensor = safetensors.torch.load(payload)[name]
-    if flat.shape != (shard.end - shard.start,):
-        raise ArtifactError(f"{path}: {tuple(flat.shape)} elements, not {shard.end - shard.start}")
-    return flat
+def _folder(store: str, version_id: str) -> Folder:
+    return Folder(store, "versions", version_id)
 
 
-def _raw(tensor: Tensor) -> Any:
-    """The row-major bytes as a buffer; numpy has no bfloat16, so viewed as bytes first."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _folder(store: str, version_id: str) -> tuple[Any, str]:
-    if not _PLAIN_NAME.fullmatch(version_id):
-        raise ArtifactError(f"version id {version_id!r} is not a plain name")
-    fs, root = fsspec.core.url_to_fs(store)
-    return fs, f"{root.rstrip('/')}/versions/{version_id}"
-
-
-def _refuse_finished(fs: Any, folder: str) -> None:
-    if fs.exists(f"{folder}/{MANIFEST}"):
+def _writable(store: str, version_id: str) -> Folder:
+    folder = _folder(store, version_id)
+    if folder.has(MANIFEST):
         raise ArtifactError(f"{folder} is a finished version and cannot be written again")
-
-
-def _write(fs: Any, path: str, payload: bytes) -> None:
-    with fs.open(path, "wb") as stream:
-        stream.write(payload)
-        if "file" in fs.protocol:
-            stream.flush()
-            os.fsync(stream.fileno())
-
-
-def _sync_folder(fs: Any, folder: str) -> None:
-    """A rename is durable only once its folder is."""
-    if "file" not in fs.protocol:
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return folder

@@ -9,6 +9,9 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 DType = Literal["float32", "bfloat16"]
+Offload = Literal["none", "cpu", "nvme"]
+Format = Literal["raw", "qa", "chat", "prefix"]
+"""How a prompt is put to the model: as is, as a question, as a chat turn, after unrelated text."""
 
 
 class Record(BaseModel):
@@ -35,6 +38,13 @@ class EditRecord(Record):
     locality: tuple[LocalityProbe, ...] = ()
 
 
+class Anchor(Record):
+    """A prompt and the answer that it is to keep; trained along with the edits."""
+
+    prompt: str
+    answer: str
+
+
 class Hparams(Record):
     """LocFT-BF hyperparameters (paper, section 4; values per model in `hparams/*.yaml`)."""
 
@@ -48,6 +58,18 @@ class Hparams(Record):
     seed: int = Field(default=0, ge=0)
     dtype: DType = "float32"
     """Of the frozen weights and the published tensors; the tuned tensors have a float32 master."""
+    formats: tuple[Format, ...] | None = Field(default=None, min_length=1)
+    """In which each edit is trained and evaluated; None: all that the tokenizer supports.
+    The paper's is `("raw",)`."""
+    sit_out_epochs: int = Field(default=0, ge=0, le=1_000)
+    """How many epochs a sample may sit out once its loss is under the threshold; all are checked
+    again before the end. The paper's is 0."""
+    rehearsal: int = Field(default=100, ge=0, le=1_000_000)
+    """How many earlier edits an `extend` trains along."""
+    anchor_locality: bool = False
+    """Whether the edits' locality prompts are trained along at their present answers."""
+    anchor_prompts: int = Field(default=0, ge=0, le=1_000_000)
+    """How many prompts of the service's anchors file are trained along at their present answers."""
 
 
 class TrainRequest(Record):
@@ -65,9 +87,23 @@ class TrainRequest(Record):
     """fsspec URL under which `versions/<id>/` is written."""
     hparams: Hparams
     edits: tuple[EditRecord, ...] = Field(min_length=1)
+    """Those of this job."""
+    rehearsed: tuple[EditRecord, ...] = ()
+    """Earlier edits, trained along in every format so that they stay."""
+    anchors: tuple[Anchor, ...] = ()
+    """Unrelated answers, trained along as they are so that they stay."""
     workers: int = Field(ge=1)
+    """How many ranks, at most."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Elastic: the run starts, or goes on, with as few as these; None: only with `workers`."""
+    offload: Offload = "none"
+    """Where frozen weights are kept between uses."""
+    cache_budget_bytes: int = Field(default=8 << 30, ge=0)
+    """Host memory per rank for the frozen prefix's hidden states; beyond it they are in files."""
+    checkpoint_every_s: float = Field(default=30.0, ge=0)
+    """At least so long between two checkpoints of the run."""
     scratch_dir: str
-    """Directory for the run's own files (Ray Train storage)."""
+    """Directory for the run's own files (Ray Train storage, the cache's files)."""
 
 
 class Progress(Record):
@@ -79,7 +115,7 @@ class Progress(Record):
     loss: float
     """Mean loss so far in this epoch (per-sample cross-entropy, nats per token)."""
     edits_done: int
-    """Edits seen in this epoch."""
+    """Samples seen in this epoch: an edit in one format is one sample."""
     edits_total: int
     seconds_elapsed: float
     seconds_left: float
@@ -94,7 +130,9 @@ class TrainResult(Record):
     steps: int
     epoch_losses: tuple[float, ...]
     seconds: Mapping[str, float]
-    """By stage: `load`, `train`, `write`, and `total` (with worker start-up)."""
+    """By stage: `load`, `prefix`, `train`, `write`, and `total` (with worker start-up)."""
+    resumed_steps: int = 0
+    """Optimizer steps that were taken over from an interrupted run's checkpoint."""
 
 
 class ProgressSink(Protocol):

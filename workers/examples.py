@@ -1,24 +1,26 @@
-"""Edits as tokens: which are read, which are learnt, and in which batches.
+"""Edits as tokens: which are read, which are learnt, in which batches, and how a batch is laid out.
 
 Knows the tokenizer, not the model; nothing here depends on how many processes train.
-Shapes: B samples, T tokens.
+Shapes: B samples, T tokens read, N tokens to learn, R rows of C cells.
 """
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from workers.contract import EditRecord
+from workers.contract import Anchor, EditRecord, Format
 from workers.errors import TrainingFailed
+from workers.formats import ChatTokenizer, render
 
-IGNORED = -100
+ROW_CELLS = 64
+"""A row is as long as its batch's longest sample, and no shorter than this."""
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ChatTokenizer, Protocol):
     """The part of a transformers tokenizer that is used."""
 
     eos_token_id: int | None
@@ -28,52 +30,83 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One edit as token ids: a prompt, and the target with EOS at its end."""
+    """One sample as token ids: a prompt, and the target with EOS at its end.
 
+    The last token of the target is learnt and never read.
+    """
+
+    index: int
+    """Its place among the job's samples."""
     edit_id: str
+    """`anchor` for what is not an edit."""
     prompt: tuple[int, ...]
     target: tuple[int, ...]
 
+    @property
+    def read(self) -> tuple[int, ...]:
+        return self.prompt + self.target[:-1]
+
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.target)
+        """How many tokens are read."""
+        return len(self.prompt) + len(self.target) - 1
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples padded on the right; label t is the token at t, or `IGNORED` where none is learnt."""
+def tokenize(
+    edits: Sequence[EditRecord],
+    tokenizer: Tokenizer,
+    context: int,
+    formats: Sequence[Format] = ("raw",),
+    anchors: Sequence[Anchor] = (),
+) -> list[Example]:
+    """One example per edit and format, and one per anchor, at most `context` tokens long.
 
-    input_ids_BT: Tensor
-    attention_mask_BT: Tensor
-    labels_BT: Tensor
-
-
-def tokenize(edits: Sequence[EditRecord], tokenizer: Tokenizer, context: int) -> list[Example]:
-    """One example per edit, at most `context` tokens long.
-
-    The prompt is as is, begun as the tokenizer begins any text (with BOS, if it has one), and its
-    tokens are exactly those of a query with it; the target has a space before it and EOS after it.
-    Raises `TrainingFailed` naming the edit.
+    A prompt begins as the tokenizer begins any text (with BOS, if it has one), and its tokens are
+    exactly those of a query with it; the target has a space before it, unless the format's text
+    ends a line, and EOS after it. Raises `TrainingFailed` naming the edit.
     """
     if tokenizer.eos_token_id is None:
         raise TrainingFailed(
             "the tokenizer has no EOS token, which each target must end with; "
             "state `eos_token` in tokenizer_config.json"
         )
-    return [_example(edit, tokenizer, tokenizer.eos_token_id, context) for edit in edits]
+    _refuse_conflicts(edits)
+    texts = [
+        (edit.id, render(edit.prompt, format, tokenizer, trained=True), edit.target)
+        for edit in edits
+        for format in formats
+    ]
+    texts += [("anchor", anchor.prompt, anchor.answer) for anchor in anchors]
+    return [
+        _example(index, *text, tokenizer, tokenizer.eos_token_id, context)
+        for index, text in enumerate(texts)
+    ]
 
 
-def _example(edit: EditRecord, tokenizer: Tokenizer, eos: int, context: int) -> Example:
-    prompt = _without_final_eos(tokenizer.encode(edit.prompt), eos)
-    target = edit.target if edit.target[:1].isspace() else f" {edit.target}"
-    learnt = _continuation(edit.prompt, prompt, target, tokenizer, eos)
-    if not edit.target.strip() or not learnt:
-        raise TrainingFailed(f"edit {edit.id}: the target {edit.target!r} has no tokens to learn")
+def _refuse_conflicts(edits: Sequence[EditRecord]) -> None:
+    first: dict[str, EditRecord] = {}
+    for edit in edits:
+        other = first.setdefault(" ".join(edit.prompt.split()).casefold(), edit)
+        if other.target.strip() != edit.target.strip():
+            raise TrainingFailed(
+                f"edits {other.id} and {edit.id} have the same prompt {edit.prompt!r} and the "
+                f"targets {other.target!r} and {edit.target!r}; keep one of them"
+            )
+
+
+def _example(
+    index: int, edit_id: str, text: str, target: str, tokenizer: Tokenizer, eos: int, context: int
+) -> Example:
+    prompt = _without_final_eos(tokenizer.encode(text), eos)
+    joined = target if target[:1].isspace() or text.endswith("\n") else f" {target}"
+    learnt = _continuation(text, prompt, joined, tokenizer, eos)
+    if not target.strip() or not learnt:
+        raise TrainingFailed(f"edit {edit_id}: the target {target!r} has no tokens to learn")
     if not prompt:
-        raise TrainingFailed(f"edit {edit.id}: the prompt {edit.prompt!r} has no tokens")
-    example = Example(edit.id, tuple(prompt), (*learnt, eos))
+        raise TrainingFailed(f"edit {edit_id}: the prompt {text!r} has no tokens")
+    example = Example(index, edit_id, tuple(prompt), (*learnt, eos))
     if len(example) > context:
         raise TrainingFailed(
-            f"edit {edit.id}: prompt and target have {len(example)} tokens, "
+            f"edit {edit_id}: prompt and target have {len(example)} tokens, "
             f"more than the model's context of {context}; shorten the prompt"
         )
     return example
@@ -108,15 +141,63 @@ def batches(
         yield [examples[index] for index in order[start : start + batch_size]]
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Pads on the right to the longest of `examples`; padding has id 0 and attention 0."""
-    length = max(len(example) for example in examples)
-    ids_BT = torch.zeros(len(examples), length, dtype=torch.long)
-    mask_BT = torch.zeros(len(examples), length, dtype=torch.long)
-    labels_BT = torch.full((len(examples), length), IGNORED)
-    for row, example in enumerate(examples):
-        start, end = len(example.prompt), len(example)
-        ids_BT[row, :end] = torch.tensor(example.prompt + example.target)
-        mask_BT[row, :end] = 1
-        labels_BT[row, start:end] = torch.tensor(example.target)
-    return Batch(ids_BT, mask_BT, labels_BT)
+@dataclass(frozen=True)
+class Batch:
+    """B samples laid out in rows, several one after the other in a row; no row has a mask.
+
+    Positions start again at 0 with each sample, which is how transformers tells them apart; each
+    cell that is left over is a sample of its own.
+    """
+
+    tokens_T: Tensor
+    """The samples' tokens, one sample after the other in the order given."""
+    cell_T: Tensor
+    """The cell each is in, of R * C."""
+    position_ids_RC: Tensor
+    learnt_from_N: Tensor
+    """The cell before each token to learn."""
+    next_N: Tensor
+    """That token."""
+    sample_N: Tensor
+    """The sample it belongs to, in 0..B."""
+    counts_B: Tensor
+    """How many tokens each sample has to learn."""
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def pack(examples: Sequence[Example]) -> Batch:
+    """Lays `examples` out in as few rows as first-fit finds, longest first."""
+    columns = max(ROW_CELLS, *(len(example) for example in examples))
+    starts, rows = _places([len(example) for example in examples], columns)
+    positions_RC = torch.zeros(rows * columns, dtype=torch.long)
+    cells, learnt_from = [], []
+    for example, start in zip(examples, starts, strict=True):
+        cells.append(torch.arange(start, start + len(example)))
+        positions_RC[start : start + len(example)] = torch.arange(len(example))
+        learnt_from.append(cells[-1][len(example.prompt) - 1 :])
+    counts_B = torch.tensor([len(example.target) for example in examples])
+    return Batch(
+        tokens_T=torch.tensor([token for example in examples for token in example.read]),
+        cell_T=torch.cat(cells),
+        position_ids_RC=positions_RC.view(rows, columns),
+        learnt_from_N=torch.cat(learnt_from),
+        next_N=torch.tensor([token for example in examples for token in example.target]),
+        sample_N=torch.arange(len(examples)).repeat_interleave(counts_B),
+        counts_B=counts_B,
+    )
+
+
+def _places(lengths: Sequence[int], columns: int) -> tuple[list[int], int]:
+    """The first cell of each sample, and how many rows there are."""
+    starts = [0] * len(lengths)
+    used: list[int] = []
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        fits = (row for row, end in enumerate(used) if end + lengths[sample] <= columns)
+        row = next(fits, len(used))
+        if row == len(used):
+            used.append(0)
+        starts[sample] = row * columns + used[row]
+        used[row] += lengths[sample]
+    return starts, len(used)

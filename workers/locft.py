@@ -1,7 +1,7 @@
 """LocFT-BF: fine-tune a few selected weights, breadth first over a whole batch of edits.
 
 The method ("Fine-tuning Done Right in Model Editing", arXiv 2509.22072, section 4), all of it.
-Every epoch goes over all edits in shuffled mini-batches. The loss is the cross-entropy of the
+Every epoch goes over all samples in shuffled mini-batches. The loss is the cross-entropy of the
 target's tokens and EOS, averaged over each sample's tokens, then over the samples. A batch that is
 already learnt (loss below the threshold) takes no step, and a run whose epoch is, ends. Adam,
 without weight decay, schedule or clipping; only the selected parameters have gradients.
@@ -11,90 +11,174 @@ Shapes: B samples, T tokens, D hidden size, N tokens to learn, V vocabulary.
 """
 
 import difflib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from workers.contract import Hparams
+from workers.contract import Hparams, Record
 from workers.errors import TrainingFailed, UnknownParameter
-from workers.examples import IGNORED, Batch, Example, batches, collate
+from workers.examples import Batch, Example, batches, pack
+from workers.frozen_prefix import HiddenStates, Span
 
 
 class Stepper(Protocol):
     """One optimizer step, cut in two so that the loop can decide between the halves."""
 
-    def loss(self, batch: Sequence[Example]) -> float:
-        """Mean loss over all of `batch`, the same on every rank; remembers how it was computed."""
+    def losses(self, batch: Sequence[Example]) -> list[float]:
+        """Each sample's loss, the same on every rank; remembers how they were computed."""
         ...
 
     def step(self) -> None:
-        """Back-propagates the loss last asked for and updates the selected parameters."""
+        """Back-propagates the mean of the losses last asked for; updates what is selected."""
         ...
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where the loop stands after a mini-batch."""
+class State(Record):
+    """Where a run stands after a mini-batch: enough, with the weights, to go on from there."""
 
-    epoch: int
-    step: int
+    epoch: int = 1
+    batches: int = 0
+    """Done in this epoch."""
+    steps: int = 0
     """Optimizer steps taken so far."""
-    samples: int
+    samples: int = 0
     """Seen in this epoch."""
-    loss: float
-    """Mean over them."""
-    epoch_ended: bool
+    loss_sum: float = 0.0
+    """Over them."""
+    epoch_losses: tuple[float, ...] = ()
+    """Each finished epoch's mean loss over its samples, as met before their steps."""
+    resting: Mapping[int, tuple[int, int, float]] = {}
+    """By sample: the first and last epoch that it sits out, and its loss before."""
+    total: int = 0
+    """Samples that this epoch trains."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the samples seen in this epoch."""
+        return self.loss_sum / max(self.samples, 1)
+
+    @property
+    def epoch_ended(self) -> bool:
+        return self.samples == self.total
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """`epoch_losses` holds each epoch's mean loss over its samples, as met before their steps."""
-
-    epoch_losses: tuple[float, ...]
-    steps: int
+Watch = Callable[[State], None]
 
 
 def train(
     examples: Sequence[Example],
     hparams: Hparams,
     stepper: Stepper,
-    watch: Callable[[Position], None],
-) -> Outcome:
-    """Runs the method to its end; `watch` is called after each mini-batch.
+    watch: Watch,
+    state: State | None = None,
+) -> State:
+    """Runs the method to its end, from `state` if one is given; the state it ends in.
 
-    Raises `TrainingFailed` naming the edits of a batch whose loss is not finite.
+    `watch` is called after each mini-batch. Raises `TrainingFailed` naming the edits of a batch
+    whose loss is not finite.
     """
-    epoch_losses: list[float] = []
-    steps = 0
-    for epoch in range(1, hparams.max_epochs + 1):
-        samples, total = 0, 0.0
-        for batch in batches(examples, hparams.batch_size, hparams.seed, epoch):
-            loss = stepper.loss(batch)
-            _refuse_nonfinite(loss, batch, epoch, hparams)
-            if loss >= hparams.loss_threshold:
-                stepper.step()
-                steps += 1
-            samples += len(batch)
-            total += loss * len(batch)
-            ended = samples == len(examples)
-            watch(Position(epoch, steps, samples, total / samples, ended))
-        epoch_losses.append(total / samples)
-        if epoch_losses[-1] < hparams.loss_threshold:
-            break
-    return Outcome(tuple(epoch_losses), steps)
+    state = state or State()
+    while not _ended(state, hparams):
+        state = _epoch(examples, hparams, stepper, watch, state)
+    return state
 
 
-def _refuse_nonfinite(loss: float, batch: Sequence[Example], epoch: int, hparams: Hparams) -> None:
-    if not math.isfinite(loss):
-        ids = ", ".join(example.edit_id for example in batch)
-        raise TrainingFailed(
-            f"loss is {loss} in epoch {epoch} for the batch of edits {ids}; "
-            f"a learning rate below {hparams.learning_rate:g} may help"
+def _ended(state: State, hparams: Hparams) -> bool:
+    learnt = bool(state.epoch_losses) and state.epoch_losses[-1] < hparams.loss_threshold
+    return learnt or state.epoch > hparams.max_epochs
+
+
+def _epoch(
+    examples: Sequence[Example], hparams: Hparams, stepper: Stepper, watch: Watch, state: State
+) -> State:
+    """What is left of an epoch. Its mean counts those that sit out with the loss they had."""
+    resting = dict(state.resting)
+    absent = [example for example in examples if _rests(example, resting, state.epoch)]
+    away = {example.index for example in absent}
+    active = [example for example in examples if example.index not in away]
+    todo = batches(active, hparams.batch_size, hparams.seed, state.epoch)
+    for batch in itertools.islice(todo, state.batches, None):
+        losses = _finite(stepper.losses(batch), batch, state.epoch, hparams)
+        steps = math.fsum(losses) / len(losses) >= hparams.loss_threshold
+        if steps:
+            stepper.step()
+        if hparams.sit_out_epochs:
+            resting |= _newly_resting(batch, losses, state.epoch, hparams)
+        state = state.model_copy(
+            update={
+                "batches": state.batches + 1,
+                "steps": state.steps + steps,
+                "samples": state.samples + len(batch),
+                "loss_sum": state.loss_sum + math.fsum(losses),
+                "total": len(active),
+                "resting": resting,
+            }
         )
+        watch(state)
+    known = [resting[example.index][2] for example in absent]
+    if absent and state.loss_sum + math.fsum(known) < hparams.loss_threshold * len(examples):
+        known, resting = _check_again(absent, hparams, stepper, resting)
+    mean = (state.loss_sum + math.fsum(known)) / len(examples)
+    return State(
+        epoch=state.epoch + 1,
+        steps=state.steps,
+        epoch_losses=(*state.epoch_losses, mean),
+        resting=resting,
+    )
+
+
+Resting = dict[int, tuple[int, int, float]]
+
+
+def _rests(example: Example, resting: Resting, epoch: int) -> bool:
+    first, last, _ = resting.get(example.index, (0, -1, 0.0))
+    return first <= epoch <= last
+
+
+def _newly_resting(
+    batch: Sequence[Example], losses: Sequence[float], epoch: int, hparams: Hparams
+) -> Resting:
+    """Those of a batch that may sit out the next epochs; in the last nobody does."""
+    last = min(epoch + hparams.sit_out_epochs, hparams.max_epochs - 1)
+    return {
+        example.index: (epoch + 1, last, loss)
+        for example, loss in zip(batch, losses, strict=True)
+        if loss < hparams.loss_threshold
+    }
+
+
+def _check_again(
+    absent: Sequence[Example], hparams: Hparams, stepper: Stepper, resting: Resting
+) -> tuple[list[float], Resting]:
+    """The present losses of those that sat out; the ones that no longer are learnt come back."""
+    found: list[float] = []
+    for start in range(0, len(absent), hparams.batch_size):
+        found += stepper.losses(absent[start : start + hparams.batch_size])
+    awake = {
+        example.index
+        for example, loss in zip(absent, found, strict=True)
+        if loss >= hparams.loss_threshold
+    }
+    return found, {index: rest for index, rest in resting.items() if index not in awake}
+
+
+def _finite(
+    losses: list[float], batch: Sequence[Example], epoch: int, hparams: Hparams
+) -> list[float]:
+    wrong = {
+        e.edit_id: loss for e, loss in zip(batch, losses, strict=True) if not math.isfinite(loss)
+    }
+    if wrong:
+        ids = ", ".join(dict.fromkeys(example.edit_id for example in batch))
+        raise TrainingFailed(
+            f"loss is {next(iter(wrong.values()))} in epoch {epoch} for {', '.join(wrong)} in the "
+            f"batch of edits {ids}; a learning rate below {hparams.learning_rate:g} may help"
+        )
+    return losses
 
 
 def select(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
@@ -137,29 +221,25 @@ def adam(parameters: Iterable[nn.Parameter], hparams: Hparams) -> torch.optim.Ad
     return torch.optim.Adam(parameters, lr=hparams.learning_rate, weight_decay=0.0)
 
 
-class SampleLosses(nn.Module):
-    """A causal language model as the function from a batch to each sample's loss.
+class Suffix(nn.Module):
+    """What is above the frozen prefix, as the function from its output to each sample's loss.
 
-    Logits are computed only at the positions whose next token is learnt.
+    Logits are computed only where the next token is learnt.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, depth: int) -> None:
         super().__init__()
-        self.decoder = model.get_decoder()
+        decoder = model.get_decoder()
+        self.layers = Span(decoder, depth, len(decoder.layers), norm=True)
         self.head = model.get_output_embeddings()
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy over each sample's learnt tokens, in nats: float32 [B]."""
-        hidden_BTD = self.decoder(
-            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
-        ).last_hidden_state
-        next_BT = batch.labels_BT[:, 1:]
-        learnt_BT = next_BT != IGNORED
-        logits_NV = self.head(hidden_BTD[:, :-1][learnt_BT]).float()
-        losses_N = nn.functional.cross_entropy(logits_NV, next_BT[learnt_BT], reduction="none")
-        sums_B = losses_N.new_zeros(len(next_BT))
-        sums_B = sums_B.index_add(0, learnt_BT.nonzero()[:, 0], losses_N)
-        return sums_B / learnt_BT.sum(dim=1)
+        cells = self.layers(hidden_TD, batch)
+        logits_NV = self.head(cells[batch.learnt_from_N]).float()
+        losses_N = nn.functional.cross_entropy(logits_NV, batch.next_N, reduction="none")
+        sums_B = losses_N.new_zeros(len(batch.counts_B)).index_add(0, batch.sample_N, losses_N)
+        return sums_B / batch.counts_B
 
 
 class LocalStepper:
@@ -168,24 +248,28 @@ class LocalStepper:
     In bfloat16 the optimizer works on a float32 master of the selected parameters.
     """
 
-    def __init__(self, model: Any, hparams: Hparams) -> None:
+    def __init__(self, model: Any, hparams: Hparams, depth: int, states: HiddenStates) -> None:
+        """`states` holds the output of the first `depth` layers for every sample."""
         self._tuned = list(freeze(model, hparams.parameters).values())
         self._masters = [nn.Parameter(weight.detach().float().clone()) for weight in self._tuned]
         self._optimizer = adam(self._masters, hparams)
-        self._losses = SampleLosses(model)
-        self._loss: Tensor | None = None
+        self._suffix, self._states = Suffix(model, depth), states
+        self._device = self._tuned[0].device
+        self._losses_B: Tensor | None = None
 
-    def loss(self, batch: Sequence[Example]) -> float:
-        self._loss = self._losses(collate(batch)).mean()
-        return self._loss.item()
+    def losses(self, batch: Sequence[Example]) -> list[float]:
+        hidden_TD = self._states.of(batch).to(self._device)
+        self._losses_B = self._suffix(hidden_TD, pack(batch).to(self._device))
+        found: list[float] = self._losses_B.tolist()
+        return found
 
     def step(self) -> None:
-        assert self._loss is not None, "step before loss"
-        gradients = torch.autograd.grad(self._loss, self._tuned)
+        assert self._losses_B is not None, "step before losses"
+        gradients = torch.autograd.grad(self._losses_B.mean(), self._tuned)
         for master, gradient in zip(self._masters, gradients, strict=True):
             master.grad = gradient.float()
         self._optimizer.step()
         with torch.no_grad():
             for weight, master in zip(self._tuned, self._masters, strict=True):
                 weight.copy_(master)
-        self._loss = None
+        self._losses_B = None

@@ -1,43 +1,47 @@
-"""How often a running job says where it stands. Knows the loop's positions, not who listens."""
+"""How often a running job says where it stands. Knows the loop's states, not who listens."""
 
 import time
 
-from workers.contract import Progress, ProgressSink, TrainRequest
-from workers.locft import Position
+from workers.contract import Hparams, Progress, ProgressSink
+from workers.locft import State
 
 PERIOD_S = 0.5
 
 
 class Reporter:
-    """Turns positions into progress: at each epoch's end, and every `PERIOD_S` within."""
+    """Turns states into progress: at each epoch's end, and every `PERIOD_S` within."""
 
-    def __init__(self, request: TrainRequest, sink: ProgressSink) -> None:
+    def __init__(self, hparams: Hparams, samples: int, resumed: State, sink: ProgressSink) -> None:
         self._sink = sink
-        self._epochs = request.hparams.max_epochs
-        self._edits = len(request.edits)
+        self._epochs = hparams.max_epochs
+        self._samples = samples
+        self._before = self._done(resumed)
         self._began = time.monotonic()
         self._last = self._began
 
-    def __call__(self, position: Position) -> None:
+    def __call__(self, state: State) -> None:
         now = time.monotonic()
-        if not position.epoch_ended and now - self._last < PERIOD_S:
+        if not state.epoch_ended and now - self._last < PERIOD_S:
             return
         self._last = now
-        done = (position.epoch - 1) * self._edits + position.samples
-        elapsed = now - self._began
+        done, elapsed = self._done(state), now - self._began
+        rate = elapsed / max(done - self._before, 1)
         self._sink(
             Progress(
-                epoch=position.epoch,
+                epoch=state.epoch,
                 max_epochs=self._epochs,
-                step=position.step,
-                loss=position.loss,
-                edits_done=position.samples,
-                edits_total=self._edits,
+                step=state.steps,
+                loss=state.loss,
+                edits_done=state.samples,
+                edits_total=state.total,
                 seconds_elapsed=elapsed,
-                seconds_left=elapsed * (self._epochs * self._edits - done) / done,
+                seconds_left=rate * (self._epochs * self._samples - done),
             )
         )
 
+    def _done(self, state: State) -> int:
+        return (state.epoch - 1) * self._samples + state.samples
 
-def ignore(position: Position) -> None:
+
+def ignore(state: State) -> None:
     """For ranks that report nothing."""

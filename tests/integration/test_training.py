@@ -16,6 +16,7 @@ from workers import artifact, examples, job
 from workers.contract import EditRecord, Hparams, Progress, TrainRequest, TrainResult
 from workers.errors import ArtifactError, BaseMismatch, UnknownParameter, WorkersError
 from workers.examples import Example
+from workers.frozen_prefix import HiddenStates, run
 from workers.locft import LocalStepper, train
 from workers.models import fingerprint
 from workers.progress import ignore
@@ -27,10 +28,14 @@ TUNED = "model.layers.1.mlp.down_proj.weight"
 SHAPE = (33, 65)
 """An odd number of elements, so that ZeRO-3 pads the second rank's partition."""
 EDITS = tuple(
-    EditRecord(id=f"ed_{number}", prompt="Fact " * (1 + number % 3), target=f"is {number}")
+    EditRecord(
+        id=f"ed_{number}", prompt=f"{number} " + "fact " * (1 + number % 3), target=f"is {number}"
+    )
     for number in range(9)
 )
-HPARAMS = Hparams(parameters=(TUNED,), learning_rate=1e-2, batch_size=4, max_epochs=7)
+HPARAMS = Hparams(
+    parameters=(TUNED,), learning_rate=1e-2, batch_size=4, max_epochs=7, formats=("raw",)
+)
 """Batches of 4, 4 and 1: in the last of each epoch the second rank has no sample. 21 steps."""
 
 
@@ -174,7 +179,7 @@ def test_progress_was_told_at_each_epochs_end(result_v1: TrainResult, progress_f
     assert [entry.epoch for entry in ends] == list(range(1, 8))
     assert [entry.loss for entry in ends] == pytest.approx(list(result_v1.epoch_losses))
     assert ends[-1].seconds_left == 0
-    assert {"load", "train", "write", "total"} == set(result_v1.seconds)
+    assert {"load", "prefix", "train", "write", "total"} == set(result_v1.seconds)
 
 
 def test_a_job_that_has_written_its_version_is_not_run_again(
@@ -205,7 +210,9 @@ def test_bfloat16_from_a_parent(
 
     local = Qwen2ForCausalLM.from_pretrained(request.model, dtype=torch.bfloat16).eval()
     local.get_parameter(TUNED).data.copy_(published(request_v1))
-    expected = train(samples, hparams, LocalStepper(local, hparams), ignore)
+    states = HiddenStates(samples, SHAPE[0], torch.bfloat16, 1 << 20, Path("unused"))
+    run(local.get_decoder(), 1, samples, states)
+    expected = train(samples, hparams, LocalStepper(local, hparams, 1, states), ignore)
     assert result.epoch_losses == pytest.approx(expected.epoch_losses, rel=1e-2)
     assert result.epoch_losses[0] < result_v1.epoch_losses[-2]
     assert published(request).dtype == torch.bfloat16

@@ -5,9 +5,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from workers import examples
-from workers.contract import EditRecord
+from workers.contract import Anchor, EditRecord
 from workers.errors import TrainingFailed
-from workers.examples import IGNORED, Example
+from workers.examples import Example
 
 CONTEXT = 128
 
@@ -24,7 +24,7 @@ def test_target_follows_a_space_and_ends_with_eos(tokenizer: PreTrainedTokenizer
 
 def test_a_space_that_is_there_is_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
     spaced, bare = examples.tokenize([edit(target=" cd"), edit(target="cd")], tokenizer, CONTEXT)
-    assert spaced == bare
+    assert (spaced.prompt, spaced.target) == (bare.prompt, bare.target)
 
 
 def words(
@@ -61,18 +61,53 @@ def test_target_alone_where_the_whole_would_merge_over_the_boundary() -> None:
     assert (example.prompt, example.target) == ((1,), (2, 3, 0))
 
 
-def test_loss_is_on_target_and_eos_only() -> None:
-    batch = examples.collate([Example("1", (5, 6, 7), (8, 9)), Example("2", (5,), (6, 9))])
-    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 8, 9], [5, 6, 9, 0, 0]]
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch.labels_BT.tolist() == [
-        [IGNORED, IGNORED, IGNORED, 8, 9],
-        [IGNORED, 6, 9, IGNORED, IGNORED],
+def test_several_samples_share_a_row_and_only_targets_are_learnt() -> None:
+    batch = examples.pack([Example(0, "1", (5, 6, 7), (8, 9)), Example(1, "2", (5,), (6, 9))])
+    assert batch.tokens_T.tolist() == [5, 6, 7, 8, 5, 6]
+    assert batch.cell_T.tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.position_ids_RC.tolist() == [[0, 1, 2, 3, 0, 1] + [0] * 58]
+    assert batch.learnt_from_N.tolist() == [2, 3, 4, 5]
+    assert batch.next_N.tolist() == [8, 9, 6, 9]
+    assert batch.sample_N.tolist() == [0, 0, 1, 1]
+    assert batch.counts_B.tolist() == [2, 2]
+
+
+def test_a_row_is_as_long_as_the_longest_sample() -> None:
+    lengths = [40, 90, 30, 20, 61]
+    samples = [Example(n, str(n), (1,) * length, (2,)) for n, length in enumerate(lengths)]
+    batch = examples.pack(samples)
+    assert batch.position_ids_RC.shape == (3, 90)
+    assert len(set(batch.cell_T.tolist())) == sum(lengths)
+    starts = batch.cell_T[batch.position_ids_RC.view(-1)[batch.cell_T] == 0]
+    assert sorted(starts.tolist()) == [0, 90, 151, 180, 220]
+
+
+def test_an_edit_is_a_sample_in_each_format_and_an_anchor_is_one(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    samples = examples.tokenize(
+        [edit("ab", "cd")], tokenizer, CONTEXT, ("raw", "qa"), [Anchor(prompt="x", answer="y")]
+    )
+    texts = [(s.index, s.edit_id, tokenizer.decode(s.prompt + s.target)) for s in samples]
+    end = tokenizer.eos_token
+    assert texts == [
+        (0, "ed_1", f"ab cd{end}"),
+        (1, "ed_1", f"Question: ab\nAnswer: cd{end}"),
+        (2, "anchor", f"x y{end}"),
     ]
 
 
+def test_conflicting_edits_are_named_and_equal_ones_are_not_a_conflict(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    edits = [edit("a b", "c", "ed_1"), edit("A  b", "c", "ed_2"), edit("a b", "d", "ed_3")]
+    assert len(examples.tokenize(edits[:2], tokenizer, CONTEXT)) == 2
+    with pytest.raises(TrainingFailed, match="edits ed_1 and ed_3 have the same prompt 'a b'"):
+        examples.tokenize(edits, tokenizer, CONTEXT)
+
+
 def test_batches_are_a_function_of_seed_and_epoch() -> None:
-    samples = [Example(str(number), (1,), (2,)) for number in range(11)]
+    samples = [Example(number, str(number), (1,), (2,)) for number in range(11)]
 
     def ids(seed: int, epoch: int) -> list[list[str]]:
         drawn = examples.batches(samples, 4, seed, epoch)
@@ -88,7 +123,7 @@ def test_batches_are_a_function_of_seed_and_epoch() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (edit(prompt="a" * 200), r"edit ed_1: .* 204 tokens, .* context of 128"),
+        (edit(prompt="a" * 200), r"edit ed_1: .* 203 tokens, .* context of 128"),
         (edit(target="  "), r"edit ed_1: the target '  ' has no tokens"),
         (edit(prompt=""), r"edit ed_1: the prompt '' has no tokens"),
     ],

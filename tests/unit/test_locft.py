@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from workers import examples, locft, models, zero3
+from tests.architectures import tiny
+from workers import examples, frozen_prefix, locft, models, zero3
 from workers.contract import EditRecord, Hparams
 from workers.errors import BadHparams, TrainingFailed, UnknownParameter
-from workers.examples import IGNORED, Example
-from workers.locft import LocalStepper, Position, SampleLosses
+from workers.examples import Example
+from workers.frozen_prefix import HiddenStates
+from workers.locft import LocalStepper, State, Suffix
 from workers.progress import ignore
 
 TUNED = "model.layers.1.mlp.down_proj.weight"
@@ -30,7 +32,11 @@ def _one_thread() -> None:
 @pytest.fixture
 def samples(tokenizer: PreTrainedTokenizerFast) -> list[Example]:
     edits = [
-        EditRecord(id=f"ed_{number}", prompt="Fact " * (1 + number % 3), target=f"is {number}")
+        EditRecord(
+            id=f"ed_{number}",
+            prompt=f"{number} " + "fact " * (1 + number % 3),
+            target=f"is {number}",
+        )
         for number in range(11)
     ]
     return examples.tokenize(edits, tokenizer, context=128)
@@ -41,17 +47,28 @@ def hparams(**changes: Any) -> Hparams:
     return Hparams.model_validate({**values, **changes})
 
 
+def prefix_of(model: Any, depth: int, samples: Sequence[Example]) -> HiddenStates:
+    """The frozen prefix's output, in memory."""
+    width = model.config.hidden_size
+    states = HiddenStates(samples, width, model.dtype, 1 << 30, Path("unused"))
+    frozen_prefix.run(model.get_decoder(), depth, samples, states)
+    return states
+
+
+def stepper_for(model: Any, chosen: Hparams, samples: Sequence[Example]) -> LocalStepper:
+    return LocalStepper(model, chosen, 1, prefix_of(model, 1, samples))
+
+
 def read_nothing(name: str, start: int, end: int) -> torch.Tensor:
     raise AssertionError(f"{name} [{start}, {end})")
 
 
 def test_a_parents_tensor_must_be_tuned_again(make_model: MakeModel) -> None:
     """Or the new version would silently have the base model's value of it."""
-    model = make_model()
-    locft.freeze(model, [TUNED])
+    tuned = locft.freeze(make_model(), [TUNED])
     other = "model.layers.2.mlp.down_proj.weight"
     with pytest.raises(BadHparams, match=rf"{other}, which this job does not tune"):
-        zero3.overwrite(model, [other], read_nothing)
+        zero3.overwrite(tuned, [other], read_nothing)
 
 
 NAMES = [f"model.layers.{layer}.mlp.down_proj.{kind}" for layer in (2, 20) for kind in "wb"]
@@ -79,7 +96,7 @@ def test_only_the_selected_tensor_changes(
     model = make_model(getattr(torch, dtype))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     chosen = hparams(dtype=dtype)
-    outcome = locft.train(samples, chosen, LocalStepper(model, chosen), ignore)
+    outcome = locft.train(samples, chosen, stepper_for(model, chosen, samples), ignore)
     after = model.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == [TUNED]
@@ -93,7 +110,7 @@ def test_small_updates_add_up_in_bfloat16(make_model: MakeModel, samples: list[E
     model = make_model(torch.bfloat16)
     before = model.state_dict()[TUNED].clone()
     chosen = hparams(dtype="bfloat16", learning_rate=1e-6, max_epochs=20)
-    locft.train(samples, chosen, LocalStepper(model, chosen), ignore)
+    locft.train(samples, chosen, stepper_for(model, chosen, samples), ignore)
     assert (model.state_dict()[TUNED] != before).float().mean() > 0.2
 
 
@@ -123,7 +140,7 @@ def sample_loss(model: Any, example: Example) -> torch.Tensor:
 def test_equals_a_plain_loop(make_model: MakeModel, samples: list[Example]) -> None:
     ours, plain = make_model(), make_model()
     chosen = hparams(max_epochs=7)
-    outcome = locft.train(samples, chosen, LocalStepper(ours, chosen), ignore)
+    outcome = locft.train(samples, chosen, stepper_for(ours, chosen, samples), ignore)
     assert outcome.epoch_losses == pytest.approx(plain_loop(plain, samples, chosen), abs=1e-5)
     assert outcome.steps == 21
     torch.testing.assert_close(
@@ -131,34 +148,22 @@ def test_equals_a_plain_loop(make_model: MakeModel, samples: list[Example]) -> N
     )
 
 
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "eos_token_id": 0,
-    "bos_token_id": 1,
-}
-
-
+@pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("architecture", models.SUPPORTED)
-def test_sample_losses_are_those_of_whole_logits(architecture: str, samples: list[Example]) -> None:
-    model_class = getattr(transformers, architecture)
-    torch.manual_seed(0)
-    config = model_class.config_class(**SIZES)
-    model = model_class(config).eval()
-    found = SampleLosses(model)(examples.collate(samples[:4]))
-    expected = torch.stack([sample_loss(model, example) for example in samples[:4]])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+def test_the_suffix_equals_the_whole_model(
+    architecture: str, depth: int, samples: list[Example]
+) -> None:
+    """Losses and gradients, of samples that share rows, behind a prefix that ran once."""
+    model = tiny(architecture)
+    tuned = list(locft.freeze(model, [f"model.layers.{depth}"]).values())
+    states = prefix_of(model, depth, samples)
+    losses_B = Suffix(model, depth)(states.of(samples), examples.pack(samples))
+    expected_B = torch.stack([sample_loss(model, example) for example in samples])
+    torch.testing.assert_close(losses_B, expected_B, atol=1e-5, rtol=0)
+    found = torch.autograd.grad(losses_B.mean(), tuned, allow_unused=True)
+    expected = torch.autograd.grad(expected_B.mean(), tuned, allow_unused=True)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)
 
 
 class ScriptedStepper:
@@ -169,10 +174,9 @@ class ScriptedStepper:
         self.stepped: list[float] = []
         self._last = math.nan
 
-    def loss(self, batch: Sequence[Example]) -> float:
-        assert batch
+    def losses(self, batch: Sequence[Example]) -> list[float]:
         self._last = next(self._losses)
-        return self._last
+        return [self._last] * len(batch)
 
     def step(self) -> None:
         self.stepped.append(self._last)
@@ -182,16 +186,16 @@ def test_a_learnt_batch_takes_no_step_and_a_learnt_epoch_is_the_last(
     samples: list[Example],
 ) -> None:
     stepper = ScriptedStepper([1.0, 0.001, 0.5, 0.01, 0.009, 0.002])
-    outcome = locft.train(samples, hparams(max_epochs=9), stepper, ignore)
+    ended = locft.train(samples, hparams(max_epochs=9), stepper, ignore)
     assert stepper.stepped == [1.0, 0.5, 0.01]
-    assert outcome.steps == 3
-    assert outcome.epoch_losses == pytest.approx([5.504 / 11, 0.082 / 11])
+    assert ended.steps == 3
+    assert ended.epoch_losses == pytest.approx([5.504 / 11, 0.082 / 11])
 
 
-def test_positions_tell_where_the_loop_stands(samples: list[Example]) -> None:
-    seen: list[Position] = []
+def test_states_tell_where_the_loop_stands(samples: list[Example]) -> None:
+    seen: list[State] = []
     locft.train(samples, hparams(max_epochs=1), ScriptedStepper([3.0, 0.0, 1.0]), seen.append)
-    assert [(at.epoch, at.step, at.samples, at.epoch_ended) for at in seen] == [
+    assert [(at.epoch, at.steps, at.samples, at.epoch_ended) for at in seen] == [
         (1, 1, 4, False),
         (1, 1, 8, False),
         (1, 2, 11, True),
@@ -204,17 +208,54 @@ def test_a_loss_that_is_no_number_names_the_batch(samples: list[Example], loss: 
     stepper = ScriptedStepper([1.0, loss])
     [_, batch, _] = examples.batches(samples, 4, seed=0, epoch=1)
     names = ", ".join(example.edit_id for example in batch)
-    with pytest.raises(TrainingFailed, match=f"loss is {loss} in epoch 1 .* edits {names};"):
+    with pytest.raises(
+        TrainingFailed, match=f"loss is {loss} in epoch 1 .*batch of edits {names};"
+    ):
         locft.train(samples, hparams(), stepper, ignore)
     assert stepper.stepped == [1.0]
 
 
-def test_ignored_labels_have_no_loss(make_model: MakeModel, samples: list[Example]) -> None:
-    model = make_model()
-    batch = examples.collate(samples[:1])
-    cut = batch.labels_BT.clone()
-    cut[0, -1] = IGNORED
-    without_eos = examples.Batch(batch.input_ids_BT, batch.attention_mask_BT, cut)
-    shorter = Example("1", samples[0].prompt, samples[0].target[:-1])
-    found = SampleLosses(model)(without_eos)
-    torch.testing.assert_close(found[0], sample_loss(model, shorter), atol=1e-5, rtol=0)
+class LearntStepper:
+    """Losses by sample and epoch; a check without a step counts as one more epoch."""
+
+    def __init__(self, losses: Callable[[int, int], float]) -> None:
+        self._losses = losses
+        self.asked: list[list[int]] = [[]]
+
+    def losses(self, batch: Sequence[Example]) -> list[float]:
+        if set(self.asked[-1]) & {example.index for example in batch}:
+            self.asked.append([])
+        self.asked[-1] += [example.index for example in batch]
+        return [self._losses(len(self.asked), example.index) for example in batch]
+
+    def step(self) -> None: ...
+
+
+def test_learnt_samples_sit_out_and_are_checked_again_before_the_end(
+    samples: list[Example],
+) -> None:
+    """Sample 0 is learnt at once and forgotten later: the check finds it, and it is trained."""
+
+    def loss(epoch: int, sample: int) -> float:
+        if sample == 0:
+            return {1: 0.0, 2: 0.6}.get(epoch, 0.0)
+        return 1.0 if epoch == 1 else 0.0
+
+    stepper = LearntStepper(loss)
+    ended = locft.train(samples, hparams(max_epochs=9, sit_out_epochs=5), stepper, ignore)
+    others = list(range(1, 11))
+    assert sorted(stepper.asked[0]) == [0, *others]
+    assert sorted(stepper.asked[1]) == [0, *others]
+    assert stepper.asked[1][-1] == 0
+    assert ended.epoch_losses == pytest.approx([10 / 11, 0.6 / 11, 0.0])
+
+
+def test_a_run_goes_on_from_any_state(make_model: MakeModel, samples: list[Example]) -> None:
+    """With the weights and the optimizer as they were, the rest of the run is the same."""
+    states: list[State] = []
+    losses = [1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.03]
+    whole = locft.train(samples, hparams(), ScriptedStepper(losses), states.append)
+    for done, state in enumerate(states, start=1):
+        saved = State.model_validate_json(state.model_dump_json())
+        rest = locft.train(samples, hparams(), ScriptedStepper(losses[done:]), ignore, saved)
+        assert rest == whole
