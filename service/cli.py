@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from service import display
 from service.client import ApiError, Client, read_jsonl
+from service.commands.plan import plan
 from service.errors import ErrataError
 from workers.errors import WorkersError
 
@@ -24,6 +25,7 @@ versions_app = typer.Typer(help="Look at versions, roll forward or back.", no_ar
 app.add_typer(edits_app, name="edits")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(versions_app, name="versions")
+app.command("plan")(plan)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Limit = Annotated[int, typer.Option(min=1, help="How many at most.")]
@@ -111,6 +113,9 @@ def run_job(
     kind: Annotated[str, typer.Option(help="extend or rebuild.")] = "extend",
     max_edits: Annotated[int | None, typer.Option(min=1)] = None,
     activate: Annotated[bool, typer.Option(help="Roll the version out.")] = True,
+    recheck: Annotated[
+        str | None, typer.Option(help="How many earlier edits to ask again: a number, or all.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Watch it to its end.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -118,6 +123,8 @@ def run_job(
     body: dict[str, Any] = {"kind": kind, "activate": activate}
     if max_edits is not None:
         body["max_edits"] = max_edits
+    if recheck is not None:
+        body["recheck"] = int(recheck) if recheck.isdecimal() else recheck
     with client() as api:
         job = api.post("/jobs", body)
         if not wait:

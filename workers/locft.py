@@ -10,7 +10,6 @@ Knows no process group: how a batch is spread over ranks and how a step is taken
 Shapes: B samples, T tokens, D hidden size, N tokens to learn, V vocabulary.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from workers.contract import Hparams, Record
-from workers.errors import TrainingFailed, UnknownParameter
+from workers.errors import TrainingFailed
 from workers.examples import Batch, Example, batches, pack
 from workers.frozen_prefix import HiddenStates, Span
+from workers.selection import select
 
 
 class Stepper(Protocol):
@@ -179,31 +179,6 @@ def _finite(
             f"batch of edits {ids}; a learning rate below {hparams.learning_rate:g} may help"
         )
     return losses
-
-
-def select(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """The parameters among `names` that `wanted` names, in the model's order.
-
-    An entry names a parameter, or a module and so every parameter below it, by whole dotted
-    components: `model.layers.2` never selects `model.layers.20`. Raises `UnknownParameter` for an
-    entry that names none.
-    """
-    known = list(names)
-    chosen: set[str] = set()
-    for entry in wanted:
-        found = [name for name in known if name == entry or name.startswith(f"{entry}.")]
-        if not found:
-            raise UnknownParameter(
-                f"hparams.parameters: the model has no {entry!r}; "
-                f"close to it: {_close(entry, known)}"
-            )
-        chosen.update(found)
-    return [name for name in known if name in chosen]
-
-
-def _close(entry: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(entry, known, n=3, cutoff=0.0)
-    return ", ".join(found)
 
 
 def freeze(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Parameter]:

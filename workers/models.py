@@ -5,12 +5,12 @@ Torch-free. Knows nothing of weights beyond the bytes of their files.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from workers.contract import DType, Record
 from workers.errors import UnsupportedModel
@@ -37,9 +37,9 @@ class ModelFacts(Record):
     path: Path
     architecture: str
     model_type: str
-    hidden_size: int
-    num_hidden_layers: int
-    context: int
+    hidden_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, le=10_000)
+    context: int = Field(ge=1)
     """Longest prompt with its answer, in tokens."""
     dtype: DType
     """In which to keep the weights: the checkpoint's own, float16 as bfloat16."""
@@ -55,19 +55,34 @@ def resolve(model: str) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+    if not _is_hub_id(model):
         raise UnsupportedModel(
             f"model {model!r}: no such directory, and not a hub id of the form owner/name"
         )
-    return _download(model)
+    return _from_hub(model, _download)
+
+
+def _is_hub_id(model: str) -> bool:
+    return not model.startswith((".", "~", "/")) and model.count("/") == 1
 
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+
+
+def _download_config(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(hub_id, "config.json"))
+
+
+def _from_hub(hub_id: str, download: Callable[[str], Path]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return download(hub_id)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModel(
@@ -76,7 +91,7 @@ def _download(hub_id: str) -> Path:
 
 
 def check(path: Path) -> ModelFacts:
-    """Whether the model in `path` can be edited; reads `config.json` only.
+    """Whether the model in `path` can be edited; reads `config.json` only, and looks for the rest.
 
     Raises `UnsupportedModel` naming what is missing, or the architecture and the supported ones.
     """
@@ -85,7 +100,15 @@ def check(path: Path) -> ModelFacts:
     for pattern in _NEEDED:
         if next(path.glob(pattern), None) is None:
             raise UnsupportedModel(f"model directory {path} has no {pattern}")
-    config = _read_config(path / "config.json")
+    return read_facts(path / "config.json")
+
+
+def read_facts(config_file: Path) -> ModelFacts:
+    """What a `config.json` says, with or without weights beside it.
+
+    Raises `UnsupportedModel` as `check` does.
+    """
+    path, config = config_file.parent, _read_config(config_file)
     architecture = next(iter(config.get("architectures") or ()), "none")
     if architecture not in SUPPORTED:
         raise UnsupportedModel(
@@ -99,9 +122,28 @@ def check(path: Path) -> ModelFacts:
     return _facts(path, architecture, config)
 
 
+def config_file(model: str) -> Path:
+    """The `config.json` of `model`: of a directory, itself, or of a hub id, cached or downloaded.
+
+    Raises `UnsupportedModel` if it is none of them.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path.resolve()
+    if path.is_dir():
+        return path.resolve() / "config.json"
+    if not _is_hub_id(model):
+        raise UnsupportedModel(
+            f"model {model!r}: no such directory or file, and not a hub id of the form owner/name"
+        )
+    return _from_hub(model, _download_config)
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnsupportedModel(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UnsupportedModel(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -125,7 +167,11 @@ def _facts(path: Path, architecture: str, config: dict[str, Any]) -> ModelFacts:
     except KeyError as error:
         raise UnsupportedModel(f"{path / 'config.json'} does not state {error}") from error
     except ValidationError as error:
-        raise UnsupportedModel(f"{path / 'config.json'}: {error}") from error
+        problems = "; ".join(
+            f"{'.'.join(map(str, entry['loc']))}: {entry['input']!r} is wrong: {entry['msg']}"
+            for entry in error.errors()
+        )
+        raise UnsupportedModel(f"{path / 'config.json'}: {problems}") from error
 
 
 def fingerprint(path: Path) -> str:

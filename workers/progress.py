@@ -3,13 +3,17 @@
 import time
 
 from workers.contract import Hparams, Progress, ProgressSink
+from workers.errors import TrainingFailed
 from workers.locft import State
 
 PERIOD_S = 0.5
 
 
 class Reporter:
-    """Turns states into progress: at each epoch's end, and every `PERIOD_S` within."""
+    """Turns states into progress: at each epoch's end, and every `PERIOD_S` within.
+
+    Raises `TrainingFailed` for an exception of the sink.
+    """
 
     def __init__(self, hparams: Hparams, samples: int, resumed: State, sink: ProgressSink) -> None:
         self._sink = sink
@@ -26,7 +30,7 @@ class Reporter:
         self._last = now
         done, elapsed = self._done(state), now - self._began
         rate = elapsed / max(done - self._before, 1)
-        self._sink(
+        self._tell(
             Progress(
                 epoch=state.epoch,
                 max_epochs=self._epochs,
@@ -38,6 +42,14 @@ class Reporter:
                 seconds_left=rate * (self._epochs * self._samples - done),
             )
         )
+
+    def _tell(self, progress: Progress) -> None:
+        """What listens ends the run by an exception: it is not one to start again."""
+        try:
+            self._sink(progress)
+        except Exception as error:
+            message = f"progress could not be told: {type(error).__name__}: {error}"
+            raise TrainingFailed(message) from error
 
     def _done(self, state: State) -> int:
         return (state.epoch - 1) * self._samples + state.samples

@@ -38,7 +38,8 @@ def config(dtype: DType, offload: Offload = "none", offload_dir: Path | None = N
     stage: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
-        "contiguous_gradients": True,
+        # Its buffer would take 2 GB of every rank, for gradients of a few tensors.
+        "contiguous_gradients": False,
     }
     if offload != "none":
         stage["offload_param"] = {"device": offload, "pin_memory": torch.cuda.is_available()}

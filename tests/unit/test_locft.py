@@ -18,6 +18,7 @@ from workers.examples import Example
 from workers.frozen_prefix import HiddenStates
 from workers.locft import LocalStepper, State, Suffix
 from workers.progress import ignore
+from workers.selection import select
 
 TUNED = "model.layers.1.mlp.down_proj.weight"
 
@@ -75,18 +76,18 @@ NAMES = [f"model.layers.{layer}.mlp.down_proj.{kind}" for layer in (2, 20) for k
 
 
 def test_a_layer_never_selects_another_that_begins_alike() -> None:
-    assert locft.select(NAMES, ["model.layers.2"]) == NAMES[:2]
+    assert select(NAMES, ["model.layers.2"]) == NAMES[:2]
 
 
 def test_names_are_exact_and_in_the_models_order() -> None:
     wanted = [NAMES[2], "model.layers.2.mlp"]
-    assert locft.select(NAMES, wanted) == NAMES[:3]
+    assert select(NAMES, wanted) == NAMES[:3]
 
 
 @pytest.mark.parametrize("wanted", ["layers.2", "model.layers.2.mlp.down", "model.layers.2.", ""])
 def test_an_unknown_name_is_refused_with_close_ones(wanted: str) -> None:
     with pytest.raises(UnknownParameter, match=r"the model has no .*close to it: model\.layers"):
-        locft.select(NAMES, [wanted])
+        select(NAMES, [wanted])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,1 @@
+"""Commands of `errata` that need more than a call of the HTTP interface, one module each."""
