@@ -41,10 +41,13 @@ class CoordinatorProcess(Coordinator):
     def __init__(
         self, settings: Settings, database_url: str, base: BaseModel, replica: DeploymentHandle
     ) -> None:
-        # Imported in the process that trains: it brings torch with it.
+        # Imported in the process that trains: they bring torch with them.
+        from transformers import AutoTokenizer
+
         from workers.job import train
 
-        super().__init__(settings, database_url, base, ServeInference(replica), train)
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        super().__init__(settings, database_url, base, tokenizer, ServeInference(replica), train)
 
 
 def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.Application:

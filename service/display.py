@@ -11,6 +11,9 @@ from service.client import JSON, ApiError, Client
 
 console = Console(highlight=False)
 
+FIRST = "first"
+"""The prompt format that decides whether an edit is applied: raw, unless the job says otherwise."""
+FIGURES = ("reliability", "generalization", "locality")
 ENDED = ("done", "failed", "cancelled")
 POLL_S = 0.5
 
@@ -42,10 +45,18 @@ def edits(items: list[JSON]) -> None:
 
 
 def edit(item: JSON) -> None:
-    history = item.pop("history")
+    history, verdict = item.pop("history"), item.pop("verdict", None)
     pairs(item)
     rows = [(h["at"], h["state"], h["job"], h["version"], h["detail"]) for h in history]
     table(("at", "state", "job", "version", "detail"), rows)
+    if verdict:
+        console.print(f"In {verdict['version']}:", style="bold")
+        found = {FIRST: verdict, **verdict["formats"]}
+        shown = [
+            (name, yes(one["reliable"]), one["generalization"], one["answer"])
+            for name, one in found.items()
+        ]
+        table(("format", "reliable", "generalization", "answer"), shown)
 
 
 def jobs(items: list[JSON]) -> None:
@@ -54,24 +65,63 @@ def jobs(items: list[JSON]) -> None:
 
 
 def job(item: JSON) -> None:
-    shown = {"metrics": figures(item["metrics"]), "seconds": figures(item["seconds"])}
-    pairs({**item, "progress": reached(item["progress"]), **shown})
+    found = item.pop("metrics")
+    shown = {"progress": reached(item["progress"]), "seconds": figures(item["seconds"])}
+    pairs({**item, **shown})
+    metrics(found)
 
 
 def versions(items: list[JSON]) -> None:
     rows = [
-        (v["id"], v["state"], v["parent"], v["edits"], figures(v["metrics"]), v["created_at"])
+        (v["id"], v["state"], v["parent"], v["edits"], overall(v["metrics"]), v["created_at"])
         for v in items
     ]
     table(("id", "state", "parent", "edits", "metrics", "created"), rows)
 
 
 def version(item: JSON) -> None:
-    verdicts = item.pop("verdicts", [])
-    pairs({**item, "metrics": figures(item["metrics"])})
-    rows = [(v["edit"], "yes" if v["reliable"] else "no", v["answer"]) for v in verdicts]
+    verdicts, found = item.pop("verdicts", []), item.pop("metrics")
+    pairs(item)
+    metrics(found)
+    others = list(dict.fromkeys(name for v in verdicts for name in v["formats"]))
+    rows = [
+        (v["edit"], yes(v["reliable"]), v["answer"], *(in_format(v, name) for name in others))
+        for v in verdicts
+    ]
     if rows:
-        table(("edit", "reliable", "answer"), rows)
+        table(("edit", "reliable", "answer", *others), rows)
+
+
+def metrics(values: JSON) -> None:
+    """A row for each prompt format; the first is the one that decides."""
+    names = [name for name in FIGURES if name in values]
+    formats = dict.fromkeys(name.partition(".")[2] for name in values if "." in name)
+    rows = [(FIRST, *(percent(values.get(name)) for name in names))]
+    for label in formats:
+        rows.append((label, *(percent(values.get(f"{name}.{label}")) for name in names)))
+    if names:
+        table(("format", *names), rows)
+    if "earlier" in values:
+        asked = f"{values['earlier_asked']:.0f} earlier edits asked again"
+        console.print(f"{percent(values['earlier'])} % of {asked} still hold")
+
+
+def overall(values: JSON) -> str:
+    """The figures without those of further formats."""
+    return figures({name: value for name, value in values.items() if "." not in name})
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def yes(reliable: bool) -> str:
+    return "yes" if reliable else "no"
+
+
+def in_format(verdict: JSON, name: str) -> str:
+    found = verdict["formats"].get(name)
+    return "" if found is None else yes(found["reliable"])
 
 
 def serving(item: JSON) -> None:

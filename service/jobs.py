@@ -6,12 +6,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from workers.contract import Progress
+from workers.contract import Anchor, EditRecord, Progress
 
 
 class JobKind(StrEnum):
     EXTEND = "extend"
-    """Start from the live version and train the queued edits."""
+    """Start from the live version and train the queued edits, with a sample of earlier ones."""
     REBUILD = "rebuild"
     """Start from the base and train every applied and every queued edit."""
 
@@ -55,6 +55,8 @@ class Job:
     """Restriction to these edits, or None for all that are queued."""
     hparams: Mapping[str, Any]
     """Overrides of the model family's hyperparameters."""
+    recheck: int | None
+    """How many of the parent's edits are asked again of the new version, or None for all."""
     parent_id: str | None
     version_id: str | None
     """Allocated when training starts."""
@@ -62,10 +64,20 @@ class Job:
     """How many edits it claimed."""
     progress: Progress | None
     metrics: Mapping[str, float]
-    """reliability, generalization, locality in percent, once evaluated."""
+    """reliability, generalization, locality in percent, once evaluated; the first two in each
+    further prompt format too, and how many of the earlier edits asked again still hold."""
     seconds: Mapping[str, float]
     """By stage."""
     error: str | None
     created_at: datetime
     updated_at: datetime
     finished_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a job trains along with its edits, so that it stays."""
+
+    rehearsed: tuple[EditRecord, ...] = ()
+    """Of the parent's edits."""
+    anchors: tuple[Anchor, ...] = ()

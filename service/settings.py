@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from workers.contract import Offload
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "model"
 
@@ -29,8 +31,23 @@ class Settings(BaseSettings):
     replicas: int = Field(default=2, ge=1)
     api_replicas: int = Field(default=1, ge=1)
     train_workers: int = Field(default=2, ge=1)
+    """Training ranks, at most."""
+    train_workers_min: int | None = Field(default=None, ge=1)
+    """Elastic: training starts, or goes on, with as few ranks as these; none: only with all."""
+    train_cache_gb: float = Field(default=8.0, ge=0)
+    """Host memory per rank, in GiB, for what the frozen layers computed; the rest is in files."""
+    offload: Offload = "none"
+    """Where frozen weights are kept between uses in training."""
+    checkpoint_every_s: float = Field(default=30.0, ge=0)
+    """At least so long between two checkpoints of a training run."""
     hparams: Path | None = None
     """YAML file; none: the file of the model's family in `workers/hparams`."""
+
+    anchors: Path | None = None
+    """Prompts for `hparams.anchor_prompts`: JSON lines with `prompt` and, if known, `answer`, or
+    one prompt a line."""
+    recheck: int = Field(default=100, ge=0, le=1_000_000)
+    """How many earlier edits are asked again of a job's version, unless the job says so."""
 
     resident_versions: int = Field(default=4, ge=2)
     """How many versions a replica holds beside the base."""
@@ -50,6 +67,25 @@ class Settings(BaseSettings):
     """Start a job by itself once so many edits are queued; none: only when asked."""
     job_after_s: float | None = Field(default=None, gt=0)
     """Start a job by itself once the oldest queued edit is so old; none: only when asked."""
+
+    @field_validator("train_workers_min")
+    @classmethod
+    def _within_train_workers(cls, value: int | None, info: ValidationInfo) -> int | None:
+        most = info.data.get("train_workers")
+        if value is not None and most is not None and value > most:
+            raise ValueError(f"{value} is more than train_workers, {most}; lower it or raise those")
+        return value
+
+    @field_validator("anchors")
+    @classmethod
+    def _is_a_file(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_file():
+            raise ValueError(f"{value} is not a file; name one with prompts, or none")
+        return value
+
+    @property
+    def train_cache_bytes(self) -> int:
+        return int(self.train_cache_gb * (1 << 30))
 
     @property
     def model_path(self) -> str:

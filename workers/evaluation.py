@@ -6,9 +6,11 @@ the answers back. Autoregressive exact match, as in the LocFT-BF paper (arXiv 25
 
 import re
 import string
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from workers.contract import EditRecord, LocalityProbe, Record
+from workers.contract import EditRecord, Format, LocalityProbe, Record
+from workers.formats import RAW, Renderings
 
 MAX_NEW_TOKENS = 32
 STOP = (".", "\n")
@@ -17,19 +19,38 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+class FormatVerdict(Record):
+    """How one edit came out in one prompt format."""
+
+    reliable: bool
+    answer: str
+    generalization: float | None
+
+
 class Verdict(Record):
-    """How one edit came out; None where there was nothing to ask. Shares are 0 to 1."""
+    """How one edit came out; None where there was nothing to ask. Shares are 0 to 1.
+
+    Its own figures are those of the first format asked in, which decides whether an edit is
+    applied; locality prompts are asked raw only.
+    """
 
     edit_id: str
     reliable: bool
     answer: str
     generalization: float | None
     locality: float | None
+    formats: Mapping[Format, FormatVerdict] = {}
+    """In the other formats."""
 
 
-def prompts_of(edit: EditRecord) -> tuple[str, ...]:
-    """What to ask the new version for an edit: its prompt, its rephrases, its locality prompts."""
-    return (edit.prompt, *edit.rephrases, *(probe.prompt for probe in edit.locality))
+def prompts_of(edit: EditRecord, renderings: Renderings = RAW) -> tuple[str, ...]:
+    """What to ask the new version for an edit, each once.
+
+    Its prompt and its rephrases in every format, its locality prompts as they are.
+    """
+    asked = (edit.prompt, *edit.rephrases)
+    rendered = [render(prompt) for render in renderings.values() for prompt in asked]
+    return tuple(dict.fromkeys([*rendered, *(probe.prompt for probe in edit.locality)]))
 
 
 def parent_prompts_of(edit: EditRecord) -> tuple[str, ...]:
@@ -66,43 +87,86 @@ def matches(text: str, target: str) -> bool:
     return normalise(answer_of(text, target)) == normalise(target)
 
 
+def edited_prompts(edits: Iterable[EditRecord]) -> frozenset[str]:
+    """The keys of all prompts that `edits` change, for `judge`."""
+    return frozenset(_key(prompt) for edit in edits for prompt in (edit.prompt, *edit.rephrases))
+
+
 def judge(
-    edits: Sequence[EditRecord], after: Mapping[str, str], before: Mapping[str, str]
+    edits: Sequence[EditRecord],
+    after: Mapping[str, str],
+    before: Mapping[str, str],
+    renderings: Renderings = RAW,
+    edited: Collection[str] | None = None,
 ) -> tuple[Verdict, ...]:
     """One verdict per edit, in order.
 
     `after` is the new version's text for every prompt of `prompts_of`, `before` the earlier
-    version's for those of `parent_prompts_of`. A locality prompt that another edit of the batch
-    changes is not counted.
+    version's for those of `parent_prompts_of`. A locality prompt that is among `edited` (None:
+    that one of `edits` changes) is not counted.
     """
-    edited = {_key(prompt) for edit in edits for prompt in (edit.prompt, *edit.rephrases)}
-    return tuple(_verdict(edit, after, before, edited) for edit in edits)
+    changed = edited_prompts(edits) if edited is None else edited
+    return tuple(_verdict(edit, after, before, renderings, changed) for edit in edits)
 
 
-def aggregate(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """reliability, generalization and locality in percent, each over the edits that have it."""
-    rows = list(verdicts)
-    shares = {
-        "reliability": [float(row.reliable) for row in rows],
-        "generalization": [row.generalization for row in rows if row.generalization is not None],
-        "locality": [row.locality for row in rows if row.locality is not None],
-    }
-    return {name: 100.0 * sum(found) / len(found) for name, found in shares.items() if found}
+def aggregate(verdicts: Iterable[Verdict], earlier: Sequence[Verdict] = ()) -> dict[str, float]:
+    """reliability, generalization and locality in percent, each over the edits that have it.
+
+    The first two are in the first format, and again as `reliability.qa` in each other one. With
+    verdicts on `earlier` edits also `earlier`, the percentage of them that are still reliable, and
+    `earlier_asked`, their number.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for verdict in verdicts:
+        for name, share in _figures(verdict):
+            if share is not None:
+                found[name].append(float(share))
+    metrics = {name: 100.0 * sum(shares) / len(shares) for name, shares in found.items()}
+    if earlier:
+        still = sum(verdict.reliable for verdict in earlier)
+        metrics |= {"earlier": 100.0 * still / len(earlier), "earlier_asked": float(len(earlier))}
+    return metrics
+
+
+def _figures(verdict: Verdict) -> Iterator[tuple[str, float | None]]:
+    yield "reliability", verdict.reliable
+    yield "generalization", verdict.generalization
+    yield "locality", verdict.locality
+    for name, other in verdict.formats.items():
+        yield f"reliability.{name}", other.reliable
+        yield f"generalization.{name}", other.generalization
 
 
 def _verdict(
     edit: EditRecord,
     after: Mapping[str, str],
     before: Mapping[str, str],
+    renderings: Renderings,
     edited: Collection[str],
 ) -> Verdict:
     probes = [probe for probe in edit.locality if _key(probe.prompt) not in edited]
+    found = {name: _in_format(edit, after, render) for name, render in renderings.items()}
+    first = found.pop(next(iter(renderings)))
     return Verdict(
         edit_id=edit.id,
-        reliable=matches(after[edit.prompt], edit.target),
-        answer=answer_of(after[edit.prompt], edit.target),
-        generalization=_share(matches(after[prompt], edit.target) for prompt in edit.rephrases),
+        reliable=first.reliable,
+        answer=first.answer,
+        generalization=first.generalization,
         locality=_share(_kept(probe, after, before) for probe in probes),
+        formats=found,
+    )
+
+
+def _in_format(
+    edit: EditRecord, after: Mapping[str, str], render: Callable[[str], str]
+) -> FormatVerdict:
+    text = after[render(edit.prompt)]
+    return FormatVerdict(
+        reliable=matches(text, edit.target),
+        answer=answer_of(text, edit.target),
+        generalization=_share(
+            matches(after[render(prompt)], edit.target) for prompt in edit.rephrases
+        ),
     )
 
 

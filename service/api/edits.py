@@ -21,10 +21,11 @@ from service.api.schemas import (
     EditsIn,
     EditWithHistory,
     StoredEdits,
+    VerdictOut,
     storable,
 )
 from service.edits import EditState
-from service.store import edits
+from service.store import edits, versions
 
 router = APIRouter(prefix="/edits", tags=["edits"])
 
@@ -65,8 +66,13 @@ async def find(
 
 @router.get("/{edit_id}")
 async def show(edit_id: IdInPath, database: DatabaseDep) -> EditWithHistory:
-    """One edit, with everything that happened to it."""
+    """One edit, with everything that happened to it and how it came out last."""
     async with database.transaction() as conn:
         edit = await edits.get(conn, edit_id)
         events = await edits.history(conn, edit_id)
-    return EditWithHistory.of(edit, history=[EditEventOut.of(event) for event in events])
+        latest = await versions.latest_verdict(conn, edit_id)
+    return EditWithHistory.of(
+        edit,
+        history=[EditEventOut.of(event) for event in events],
+        verdict=None if latest is None else VerdictOut.of(*latest),
+    )

@@ -4,7 +4,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.dependencies import Cursor, DatabaseDep, IdempotencyKey, IdInPath, Limit
+from service.api.dependencies import (
+    Cursor,
+    DatabaseDep,
+    IdempotencyKey,
+    IdInPath,
+    Limit,
+    SettingsDep,
+)
 from service.api.idempotency import answer_once
 from service.api.schemas import JobIn, JobOut, JobPage
 from service.jobs import JobState
@@ -19,6 +26,7 @@ async def start(
     request: Request,
     response: Response,
     database: DatabaseDep,
+    settings: SettingsDep,
     idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Starts a job over the queued edits (or over all, for a rebuild)."""
@@ -33,6 +41,7 @@ async def start(
                 max_edits=body.max_edits,
                 edit_ids=body.edit_ids,
                 hparams=hparams,
+                recheck=body.rechecked(settings.recheck),
             )
             return JobOut.of(job).model_dump(mode="json")
 

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -20,10 +21,12 @@ from service.edits import Edit, EditEvent, EditState, NewEdit
 from service.errors import FieldError, InvalidInput
 from service.jobs import Job, JobKind, JobState
 from service.versions import ReplicaState, ReplicaStatus, Serving, Verdict, Version, VersionState
-from workers.contract import Hparams, LocalityProbe, Progress
+from workers.contract import Format, Hparams, LocalityProbe, Progress
+from workers.evaluation import FormatVerdict
 
 METADATA_BYTES = 4096
 METADATA_DEPTH = 32
+MOST_EDITS = 1_000_000
 
 
 def storable(value: str) -> str:
@@ -69,9 +72,18 @@ def _small(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _how_many(value: object) -> object:
+    if value is None or value == "all":
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_EDITS:
+        return value
+    raise ValueError(f'must be "all" or a number from 0 to {MOST_EDITS:,}')
+
+
 Prompt = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_said)]
 Answer = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_said)]
 Storable = AfterValidator(_storable_object)
+HowMany = Annotated[int | Literal["all"] | None, BeforeValidator(_how_many)]
 EditId = Annotated[str, Field(pattern=r"^\w{1,64}$")]
 
 
@@ -111,10 +123,18 @@ class EditsIn(Accepted):
 
 class JobIn(Accepted):
     kind: JobKind = JobKind.EXTEND
-    max_edits: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
+    max_edits: Annotated[StrictInt, Field(ge=1, le=MOST_EDITS)] | None = None
     edit_ids: Annotated[list[EditId], Field(min_length=1, max_length=10_000)] | None = None
     hparams: Annotated[dict[str, Any], Storable] = {}
     activate: StrictBool = True
+    recheck: HowMany = None
+    """How many earlier edits are asked again of the new version; none: as the service is set."""
+
+    def rechecked(self, default: int) -> int | None:
+        """As `service.jobs.Job.recheck`: None is all."""
+        if self.recheck is None:
+            return default
+        return None if self.recheck == "all" else self.recheck
 
     def checked_hparams(self) -> dict[str, Any]:
         """The overrides of `workers.contract.Hparams`; `InvalidInput` for one that does not fit."""
@@ -192,8 +212,27 @@ class EditEventOut(BaseModel):
         return cls.model_validate({**vars(event), "job": event.job_id, "version": event.version_id})
 
 
+class VerdictOut(BaseModel):
+    """How an edit came out in a version: in the first prompt format, then in the others."""
+
+    edit: str
+    version: str
+    reliable: bool
+    answer: str
+    generalization: float | None
+    locality: float | None
+    formats: Mapping[Format, FormatVerdict]
+
+    @classmethod
+    def of(cls, version_id: str, verdict: Verdict) -> Self:
+        shown = {"edit": verdict.edit_id, "version": version_id}
+        return cls.model_validate({**verdict.model_dump(), **shown})
+
+
 class EditWithHistory(EditOut):
     history: list[EditEventOut]
+    verdict: VerdictOut | None
+    """In the newest version that was asked."""
 
 
 class EditPage(BaseModel):
@@ -209,6 +248,7 @@ class JobOut(BaseModel):
     max_edits: int | None
     edit_ids: list[str] | None
     hparams: Mapping[str, Any]
+    recheck: int | Literal["all"]
     parent: str | None
     version: str | None
     edits: int
@@ -222,7 +262,14 @@ class JobOut(BaseModel):
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        return cls.model_validate({**vars(job), "parent": job.parent_id, "version": job.version_id})
+        return cls.model_validate(
+            {
+                **vars(job),
+                "recheck": "all" if job.recheck is None else job.recheck,
+                "parent": job.parent_id,
+                "version": job.version_id,
+            }
+        )
 
 
 class JobPage(BaseModel):
@@ -247,20 +294,6 @@ class VersionOut(BaseModel):
         return cls.model_validate(
             {**vars(version), "parent": version.parent_id, "job": version.job_id, **more}
         )
-
-
-class VerdictOut(BaseModel):
-    """How one of the job's edits came out."""
-
-    edit: str
-    reliable: bool
-    answer: str
-    generalization: float | None
-    locality: float | None
-
-    @classmethod
-    def of(cls, verdict: Verdict) -> Self:
-        return cls.model_validate({**verdict.model_dump(), "edit": verdict.edit_id})
 
 
 class VersionWithVerdicts(VersionOut):

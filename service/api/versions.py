@@ -34,14 +34,14 @@ async def find(
 async def show(
     version_id: IdInPath, database: DatabaseDep, limit: Limit = 100, cursor: Cursor = None
 ) -> VersionWithVerdicts:
-    """One version, with a page of how the edits trained into it came out.
+    """One version, with a page of how its edits, and earlier ones asked again, came out.
 
     All that it holds: GET /edits?version=.
     """
     async with database.transaction() as conn:
         version = await versions.get(conn, version_id)
         found, next_cursor = await versions.verdicts(conn, version_id, limit=limit, cursor=cursor)
-    verdicts = [VerdictOut.of(verdict) for verdict in found]
+    verdicts = [VerdictOut.of(version_id, verdict) for verdict in found]
     return VersionWithVerdicts.of(version, verdicts=verdicts, next_cursor=next_cursor)
 
 

@@ -16,6 +16,7 @@ from service.settings import Settings
 from service.store import edits, idempotency, jobs, replicas, serving
 from service.store.database import Database
 from service.store.leadership import Leadership
+from workers.formats import ChatTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ FORGET_LEASES = 10
 class Coordinator:
     """While it leads, drives jobs one after the other and rollouts beside them.
 
-    Made in a running event loop. `inference` is the replicas, to examine versions with; `train`
-    blocks.
+    Made in a running event loop. `tokenizer` is the base model's; `inference` is the replicas, to
+    examine versions with; `train` blocks.
     """
 
     def __init__(
@@ -37,13 +38,16 @@ class Coordinator:
         settings: Settings,
         database_url: str,
         base: BaseModel,
+        tokenizer: ChatTokenizer,
         inference: Inference,
         train: Train,
     ) -> None:
         self._settings = settings
         self._leadership = Leadership(database_url)
         self._database = Database(database_url)
-        self._pipeline = Pipeline(self._database, database_url, settings, base, inference, train)
+        self._pipeline = Pipeline(
+            self._database, database_url, settings, base, tokenizer, inference, train
+        )
         self._rollout = Rollout(self._database, settings)
         self._policy = Policy(settings.job_after_edits, settings.job_after_s)
         self._woken = asyncio.Condition()
@@ -132,6 +136,8 @@ class Coordinator:
             oldest = await edits.oldest_queued_at(conn)
             age = datetime.now(UTC) - oldest if oldest else None
             if job is None and self._policy.due(await edits.count(conn, EditState.QUEUED), age):
-                job = await jobs.create(conn, kind=JobKind.EXTEND, activate=True)
+                job = await jobs.create(
+                    conn, kind=JobKind.EXTEND, activate=True, recheck=self._settings.recheck
+                )
         if job is not None:
             await self._pipeline.run(job)

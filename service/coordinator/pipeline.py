@@ -10,17 +10,19 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from service.coordinator.examination import examine
+from service.coordinator.retention import retained
 from service.errors import Conflict, ErrataError, Unavailable, VersionRejected
 from service.inference import Inference
 from service.jobs import FINISHED, Job, JobKind, JobState
 from service.settings import Settings
-from service.store import edits, jobs, serving, versions
+from service.store import earlier, edits, jobs, serving, versions
 from service.store.database import Database
 from service.store.progress import DatabaseProgress
 from service.versions import BASE_VERSION, VersionState
-from workers import presets
-from workers.contract import ProgressSink, TrainRequest, TrainResult
+from workers import formats, presets
+from workers.contract import Hparams, ProgressSink, TrainRequest, TrainResult
 from workers.errors import WorkersError
+from workers.formats import ChatTokenizer, Renderings
 from workers.models import ModelFacts
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Pipeline:
         database_url: str,
         settings: Settings,
         base: BaseModel,
+        tokenizer: ChatTokenizer,
         inference: Inference,
         train: Train,
     ) -> None:
@@ -56,6 +59,7 @@ class Pipeline:
         self._database_url = database_url
         self._settings = settings
         self._base = base
+        self._tokenizer = tokenizer
         self._inference = inference
         self._train = train
         self._trainings: dict[str, asyncio.Task[TrainResult]] = {}
@@ -117,6 +121,11 @@ class Pipeline:
     async def _request(self, job: Job) -> TrainRequest:
         async with self._database.transaction() as conn:
             claimed = await edits.of_job(conn, job.id)
+        records = tuple(edit.record() for edit in claimed)
+        hparams = self._hparams(job)
+        retention = await retained(
+            self._database, self._inference, self._settings, job, hparams, records
+        )
         assert job.version_id is not None
         return TrainRequest(
             job_id=job.id,
@@ -125,11 +134,24 @@ class Pipeline:
             model=self._base.path,
             base_fingerprint=self._base.fingerprint,
             version_store=self._settings.version_store_url,
-            hparams=presets.load(self._base.facts, self._settings.hparams, job.hparams),
-            edits=tuple(edit.record() for edit in claimed),
+            hparams=hparams,
+            edits=records,
+            rehearsed=retention.rehearsed,
+            anchors=retention.anchors,
             workers=self._settings.train_workers,
+            min_workers=self._settings.train_workers_min,
+            offload=self._settings.offload,
+            cache_budget_bytes=self._settings.train_cache_bytes,
+            checkpoint_every_s=self._settings.checkpoint_every_s,
             scratch_dir=str(self._settings.data_dir.resolve() / "train"),
         )
+
+    def _hparams(self, job: Job) -> Hparams:
+        return presets.load(self._base.facts, self._settings.hparams, job.hparams)
+
+    def _renderings(self, job: Job) -> Renderings:
+        chosen = formats.chosen(self._hparams(job).formats, self._tokenizer)
+        return formats.renderings(chosen, self._tokenizer)
 
     async def _evaluate(self, job: Job) -> Job:
         started = time.monotonic()
@@ -137,8 +159,15 @@ class Pipeline:
         assert job.parent_id is not None
         async with self._database.transaction() as conn:
             claimed = await edits.of_job(conn, job.id)
-        records = [edit.record() for edit in claimed]
-        verdicts, metrics = await examine(self._inference, job.version_id, job.parent_id, records)
+            before = await earlier.sample(conn, job, "recheck", job.recheck)
+        found = await examine(
+            self._inference,
+            job.version_id,
+            job.parent_id,
+            [edit.record() for edit in claimed],
+            [edit.record() for edit in before],
+            self._renderings(job),
+        )
         async with self._database.transaction() as conn:
             await versions.publish(
                 conn,
@@ -146,15 +175,16 @@ class Pipeline:
                 parent_id=job.parent_id,
                 job_id=job.id,
                 base_fingerprint=self._base.fingerprint,
-                metrics=metrics,
+                metrics=found.metrics,
             )
-            await edits.settle(conn, job.id, job.version_id, verdicts)
+            await edits.settle(conn, job.id, job.version_id, found.verdicts)
+            await versions.record_verdicts(conn, job.version_id, found.earlier)
             return await jobs.advance(
                 conn,
                 job.id,
                 JobState.EVALUATING,
                 JobState.PUBLISHING,
-                metrics=metrics,
+                metrics=found.metrics,
                 seconds={**job.seconds, "evaluate": time.monotonic() - started},
             )
 

@@ -13,7 +13,7 @@ from service.edits import EditState
 from service.errors import Conflict
 from service.jobs import Job, JobKind
 from service.store import versions
-from service.store.edit_states import CURRENT, among, move, note
+from service.store.edit_states import among, give_back, lock_facts, move, note
 from service.store.tables import edits, job_edits, jobs, version_edits
 from service.versions import Verdict
 
@@ -46,8 +46,9 @@ async def settle(
     """Record how each edit of the job came out in `version_id`: one verdict for every edit.
 
     Claimed edits become applied or failed; applied ones supersede what was applied of the same
-    fact. Kept edits stay applied, and move to the version if it holds them. The version is
-    published before, in the same transaction.
+    fact. Kept edits stay applied, and move to the version if it holds them; the others are queued
+    once it goes live (`earlier.give_back_lost`). The version is published before, in the same
+    transaction.
     """
     links = await _locked_links(conn, job_id, open_only=True)
     if not links:
@@ -70,7 +71,8 @@ async def settle(
         among(edits.c.fact, facts) & not_(among(edits.c.id, applied)),
         detail=f"a later edit of the same fact was applied in {version_id}",
     )
-    await _record_verdicts(conn, version_id, verdicts, facts)
+    await _drop_replaced(conn, version_id, facts)
+    await versions.record_verdicts(conn, version_id, verdicts)
     await _close(conn, job_id)
 
 
@@ -82,23 +84,10 @@ async def release(conn: AsyncConnection, job_id: str, reason: str) -> int:
     """
     await _locked_links(conn, job_id, open_only=False)
     version_id = select(jobs.c.version_id).where(jobs.c.id == job_id).scalar_subquery()
-    later = edits.alias()
-    replaced = exists().where(
-        later.c.fact == edits.c.fact, later.c.id > edits.c.id, later.c.state.in_(CURRENT)
-    )
-    queued = 0
-    for state, which in (
-        (EditState.CLAIMED, edits.c.job_id == job_id),
-        (EditState.APPLIED, (edits.c.job_id == job_id) & (edits.c.version_id == version_id)),
-    ):
-        for after, condition in (
-            (EditState.SUPERSEDED, which & replaced),
-            (EditState.QUEUED, which & not_(replaced)),
-        ):
-            detail = f"given back by {job_id}: {reason}"
-            back = {"job_id": None, "version_id": None}
-            moved = await move(conn, state, after, condition, detail=detail, **back)
-            queued += moved if after is EditState.QUEUED else 0
+    mine, detail = edits.c.job_id == job_id, f"given back by {job_id}: {reason}"
+    queued = await give_back(conn, EditState.CLAIMED, mine, detail=detail)
+    published = mine & (edits.c.version_id == version_id)
+    queued += await give_back(conn, EditState.APPLIED, published, detail=detail)
     await _return_kept(conn, job_id, reason)
     await _close(conn, job_id)
     return queued
@@ -115,12 +104,7 @@ async def _locked_links(conn: AsyncConnection, job_id: str, *, open_only: bool) 
     """The job's edits; they, and what else speaks for their facts, are locked against changes."""
     mine, links = edits.alias(), job_edits.c
     facts = select(mine.c.fact).join(job_edits, links.edit_id == mine.c.id)
-    await conn.execute(
-        select(edits.c.id)
-        .where(edits.c.fact.in_(facts.where(links.job_id == job_id)), edits.c.state.in_(CURRENT))
-        .order_by(edits.c.id)
-        .with_for_update(of=edits)
-    )
+    await lock_facts(conn, facts.where(links.job_id == job_id))
     query = (
         select(edits.c.id, edits.c.fact, links.kept_from)
         .join(job_edits, links.edit_id == edits.c.id)
@@ -182,21 +166,8 @@ async def _close(conn: AsyncConnection, job_id: str) -> None:
     await conn.execute(update(job_edits).where(job_edits.c.job_id == job_id).values(open=False))
 
 
-async def _record_verdicts(
-    conn: AsyncConnection, version_id: str, verdicts: Sequence[Verdict], facts: list[bytes]
-) -> None:
-    """Write the verdicts; what the parent held of the newly applied `facts` is held no more."""
+async def _drop_replaced(conn: AsyncConnection, version_id: str, facts: list[bytes]) -> None:
+    """What the parent held of the newly applied `facts` is held no more."""
     replaced = select(edits.c.id).where(among(edits.c.fact, facts))
-    await conn.execute(
-        delete(version_edits).where(
-            version_edits.c.version_id == version_id,
-            version_edits.c.edit_id.in_(replaced)
-            | among(version_edits.c.edit_id, [verdict.edit_id for verdict in verdicts]),
-        )
-    )
-    rows = [
-        {"version_id": version_id, "held": verdict.reliable, **verdict.model_dump()}
-        for verdict in verdicts
-    ]
-    await conn.execute(insert(version_edits), rows)
-    await versions.count_edits(conn, version_id)
+    mine = version_edits.c.version_id == version_id
+    await conn.execute(delete(version_edits).where(mine, version_edits.c.edit_id.in_(replaced)))

@@ -3,7 +3,20 @@
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import ARRAY, ColumnElement, Text, any_, bindparam, func, insert, literal, select
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Select,
+    Text,
+    any_,
+    bindparam,
+    exists,
+    func,
+    insert,
+    literal,
+    not_,
+    select,
+)
 from sqlalchemy import update as update_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -20,12 +33,46 @@ async def move(
     after: EditState,
     which: ColumnElement[bool],
     *,
-    detail: str | None = None,
+    detail: str | ColumnElement[str] | None = None,
     **changes: Any,
 ) -> int:
-    """Move those of `which` that are in `before` to `after`; how many."""
+    """Move those of `which` that are in `before` to `after`; how many.
+
+    `detail` is the same for all, or an expression over the moved row of `edits`.
+    """
     assert after in EDIT_TRANSITIONS[before], f"{before} never becomes {after}"
     return await _update(conn, before, which, detail, state=after, **changes)
+
+
+async def give_back(
+    conn: AsyncConnection,
+    before: EditState,
+    which: ColumnElement[bool],
+    *,
+    detail: str | ColumnElement[str],
+) -> int:
+    """Queue those of `which` that are in `before` again; how many.
+
+    One whose fact has a later edit is superseded instead. Their facts are locked by the caller.
+    """
+    later = edits.alias()
+    replaced = exists().where(
+        later.c.fact == edits.c.fact, later.c.id > edits.c.id, later.c.state.in_(CURRENT)
+    )
+    back = {"job_id": None, "version_id": None}
+    superseded, again = EditState.SUPERSEDED, EditState.QUEUED
+    await move(conn, before, superseded, which & replaced, detail=detail, **back)
+    return await move(conn, before, again, which & not_(replaced), detail=detail, **back)
+
+
+async def lock_facts(conn: AsyncConnection, facts: Select[tuple[bytes]]) -> None:
+    """Keep what speaks for `facts` from changing until the transaction ends."""
+    await conn.execute(
+        select(edits.c.id)
+        .where(edits.c.fact.in_(facts), edits.c.state.in_(CURRENT))
+        .order_by(edits.c.id)
+        .with_for_update(of=edits)
+    )
 
 
 async def note(
@@ -49,21 +96,22 @@ async def _update(
     conn: AsyncConnection,
     before: EditState,
     which: ColumnElement[bool],
-    detail: str | None,
+    detail: str | ColumnElement[str] | None,
     **changes: Any,
 ) -> int:
+    said = detail if isinstance(detail, ColumnElement) else literal(detail, Text)
     changed = (
         update_(edits)
         .where(edits.c.state == before, which)
         .values(updated_at=func.now(), **changes)
-        .returning(edits.c.id, edits.c.state, edits.c.job_id, edits.c.version_id)
+        .returning(
+            edits.c.id, edits.c.state, edits.c.job_id, edits.c.version_id, said.label("detail")
+        )
         .cte("changed")
     )
-    columns = [changed.c.id, changed.c.state, changed.c.job_id, changed.c.version_id]
     result = await conn.execute(
         insert(edit_events).from_select(
-            ["edit_id", "state", "job_id", "version_id", "detail"],
-            select(*columns, literal(detail, Text)),
+            ["edit_id", "state", "job_id", "version_id", "detail"], select(changed)
         )
     )
     return result.rowcount

@@ -5,7 +5,7 @@ Every change of state is an UPDATE guarded by the state before, checked against
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -31,10 +31,12 @@ __all__ = [
     "get",
     "history",
     "of_job",
+    "of_row",
     "oldest_queued_at",
     "page",
     "release",
     "settle",
+    "spoken_for",
 ]
 
 
@@ -62,14 +64,14 @@ async def add(conn: AsyncConnection, new: Sequence[NewEdit]) -> list[Edit]:
     )
     ids = [row["id"] for row in rows]
     stored = await conn.execute(select(edits).where(among(edits.c.id, ids)).order_by(edits.c.id))
-    return [_edit(row) for row in stored]
+    return [of_row(row) for row in stored]
 
 
 async def get(conn: AsyncConnection, edit_id: str) -> Edit:
     row = (await conn.execute(select(edits).where(edits.c.id == edit_id))).one_or_none()
     if row is None:
         raise NotFound(f"no edit {edit_id}")
-    return _edit(row)
+    return of_row(row)
 
 
 async def history(conn: AsyncConnection, edit_id: str) -> list[EditEvent]:
@@ -115,7 +117,7 @@ async def page(
         query = query.where(or_(*(column.icontains(q, autoescape=True) for column in text)))
     if cursor is not None:
         query = query.where(edits.c.id < cursors.decode(cursor))
-    found = [_edit(row) for row in await conn.execute(query)]
+    found = [of_row(row) for row in await conn.execute(query)]
     return cursors.split(found, [edit.id for edit in found], limit)
 
 
@@ -138,7 +140,19 @@ async def of_job(conn: AsyncConnection, job_id: str) -> list[Edit]:
         .where(job_edits.c.job_id == job_id)
         .order_by(edits.c.id)
     )
-    return [_edit(row) for row in found]
+    return [of_row(row) for row in found]
+
+
+async def spoken_for(conn: AsyncConnection, prompts: Iterable[str]) -> set[str]:
+    """Those of `prompts` whose fact a queued, claimed or applied edit changes."""
+    facts = {prompt: _digest(prompt) for prompt in prompts}
+    found = await conn.execute(
+        select(edits.c.fact).where(
+            among(edits.c.fact, set(facts.values())), edits.c.state.in_(CURRENT)
+        )
+    )
+    changed = set(found.scalars())
+    return {prompt for prompt, fact in facts.items() if fact in changed}
 
 
 async def _lock_facts(conn: AsyncConnection, facts: Sequence[bytes]) -> None:
@@ -190,7 +204,8 @@ def _new_row(
     }
 
 
-def _edit(row: Row[Any]) -> Edit:
+def of_row(row: Row[Any]) -> Edit:
+    """The edit in a row of `edits`, with all its columns."""
     return Edit(
         id=row.id,
         prompt=row.prompt,

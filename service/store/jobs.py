@@ -30,6 +30,7 @@ async def create(
     max_edits: int | None = None,
     edit_ids: Sequence[str] | None = None,
     hparams: Mapping[str, Any] | None = None,
+    recheck: int | None = None,
 ) -> Job:
     """A pending job; `Conflict` if there is nothing to train, `InvalidInput` for unfit edit ids."""
     if edit_ids is not None:
@@ -49,6 +50,7 @@ async def create(
             max_edits=max_edits,
             edit_ids=None if edit_ids is None else list(dict.fromkeys(edit_ids)),
             hparams=dict(hparams or {}),
+            recheck=recheck,
         )
         .returning(jobs)
     )
@@ -145,6 +147,7 @@ def _job(row: Row[Any]) -> Job:
         max_edits=row.max_edits,
         edit_ids=None if row.edit_ids is None else tuple(row.edit_ids),
         hparams=row.hparams,
+        recheck=row.recheck,
         parent_id=row.parent_id,
         version_id=row.version_id,
         edits=row.edits,

@@ -12,7 +12,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import Conflict, Unavailable
-from service.store import replicas, versions
+from service.store import earlier, replicas, versions
 from service.store.tables import serving
 from service.versions import Serving, VersionState
 
@@ -55,7 +55,8 @@ async def commit(
     Each of `replica_ids` must be unfenced and have loaded it, all with the same digest, and there
     must be one; else `Conflict`. Any other replica that does not hold it is fenced, so that one
     that was away cannot serve before it joins again. `Conflict`, too, if `expected_generation`
-    has passed or `version_id` is not being rolled out.
+    has passed or `version_id` is not being rolled out. Earlier edits that it was found not to hold
+    are queued again.
     """
     now = await _read(conn, lock=True)
     if now.generation != expected_generation:
@@ -68,6 +69,7 @@ async def commit(
     if version.state is VersionState.STAGING:
         await versions.move(conn, version_id, VersionState.STAGED)
     await versions.move(conn, version_id, VersionState.LIVE)
+    await earlier.give_back_lost(conn, version_id)
     return await _write(conn, generation=now.generation + 1, version_id=version_id, staging_id=None)
 
 

@@ -87,6 +87,8 @@ jobs = Table(
     Column("max_edits", Integer),
     Column("edit_ids", ARRAY(Text)),
     Column("hparams", JSONB, nullable=False),
+    # How many earlier edits are asked again; null: all.
+    Column("recheck", Integer),
     Column("parent_id", Text, ForeignKey("versions.id", use_alter=True)),
     # No foreign key: it is allocated before the version exists.
     Column("version_id", Text, unique=True),
@@ -187,6 +189,15 @@ Index(
     postgresql_where=job_edits.c.open,
 )
 
+# What a job trains along, so that a run that is taken up again is the same run.
+retentions = Table(
+    "retentions",
+    metadata,
+    Column("job_id", Text, ForeignKey("jobs.id"), primary_key=True),
+    Column("rehearsed", ARRAY(Text), nullable=False),
+    Column("anchors", JSONB, nullable=False),
+)
+
 version_edits = Table(
     "version_edits",
     metadata,
@@ -198,6 +209,8 @@ version_edits = Table(
     Column("answer", Text),
     Column("generalization", Float),
     Column("locality", Float),
+    # The verdicts in the other prompt formats, by format.
+    Column("formats", JSONB, nullable=False, server_default="{}"),
 )
 Index("ix_version_edits_edit", version_edits.c.edit_id)
 

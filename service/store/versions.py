@@ -1,16 +1,19 @@
 """Queries on versions: what exists, what each holds, where each stands."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, func, literal, select, true, update
+from sqlalchemy import Row, delete, func, insert, literal, select, true, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import ConfigurationError, Conflict, NotFound
 from service.store import cursors
+from service.store.edit_states import among
 from service.store.tables import serving, version_edits, version_numbers, versions
 from service.versions import BASE_VERSION, VERSION_TRANSITIONS, Verdict, Version, VersionState
+
+ROWS_AT_ONCE = 1000
 
 
 async def ensure_base(conn: AsyncConnection, fingerprint: str) -> None:
@@ -77,6 +80,22 @@ async def publish(
     return await count_edits(conn, version_id)
 
 
+async def record_verdicts(
+    conn: AsyncConnection, version_id: str, verdicts: Sequence[Verdict]
+) -> Version:
+    """Write how edits came out in a version; it holds those that are reliable."""
+    asked = [verdict.edit_id for verdict in verdicts]
+    mine = version_edits.c.version_id == version_id
+    await conn.execute(delete(version_edits).where(mine, among(version_edits.c.edit_id, asked)))
+    for start in range(0, len(verdicts), ROWS_AT_ONCE):
+        rows = [
+            {"version_id": version_id, "held": verdict.reliable, **verdict.model_dump()}
+            for verdict in verdicts[start : start + ROWS_AT_ONCE]
+        ]
+        await conn.execute(insert(version_edits), rows)
+    return await count_edits(conn, version_id)
+
+
 async def count_edits(conn: AsyncConnection, version_id: str) -> Version:
     """Bring `Version.edits` up to date with what is recorded as held."""
     held = select(func.count()).where(
@@ -119,7 +138,10 @@ async def page(
 async def verdicts(
     conn: AsyncConnection, version_id: str, *, limit: int = 1000, cursor: str | None = None
 ) -> tuple[list[Verdict], str | None]:
-    """How the edits trained into a version came out, oldest first, and the next page's cursor."""
+    """How the edits asked of a version came out, oldest first, and the next page's cursor.
+
+    They are those trained into it, and the earlier ones that were asked again.
+    """
     query = (
         select(version_edits)
         .where(version_edits.c.version_id == version_id, version_edits.c.reliable.is_not(None))
@@ -128,17 +150,20 @@ async def verdicts(
     )
     if cursor is not None:
         query = query.where(version_edits.c.edit_id > cursors.decode(cursor))
-    found = [
-        Verdict(
-            edit_id=row.edit_id,
-            reliable=row.reliable,
-            answer=row.answer,
-            generalization=row.generalization,
-            locality=row.locality,
-        )
-        for row in await conn.execute(query)
-    ]
+    found = [_verdict(row) for row in await conn.execute(query)]
     return cursors.split(found, [verdict.edit_id for verdict in found], limit)
+
+
+async def latest_verdict(conn: AsyncConnection, edit_id: str) -> tuple[str, Verdict] | None:
+    """How an edit came out in the newest version that was asked, and that version's id."""
+    query = (
+        select(version_edits)
+        .join(versions, versions.c.id == version_edits.c.version_id)
+        .where(version_edits.c.edit_id == edit_id, version_edits.c.reliable.is_not(None))
+        .order_by(versions.c.number.desc())
+    )
+    row = (await conn.execute(query.limit(1))).one_or_none()
+    return None if row is None else (row.version_id, _verdict(row))
 
 
 async def move(
@@ -171,6 +196,17 @@ async def settle_back(conn: AsyncConnection, version_id: str, error: str | None)
 
 def _number(version_id: str) -> int:
     return int(version_id.removeprefix("v"))
+
+
+def _verdict(row: Row[Any]) -> Verdict:
+    return Verdict(
+        edit_id=row.edit_id,
+        reliable=row.reliable,
+        answer=row.answer,
+        generalization=row.generalization,
+        locality=row.locality,
+        formats=row.formats,
+    )
 
 
 def _version(row: Row[Any]) -> Version:

@@ -18,6 +18,7 @@ from service.settings import Settings
 from service.store import edits, jobs, replicas, serving, versions
 from service.store.database import Database
 from service.versions import Verdict
+from workers.evaluation import FormatVerdict
 
 pytestmark = pytest.mark.anyio
 
@@ -77,6 +78,7 @@ async def published(database: Database) -> str:
                 answer="said",
                 generalization=None,
                 locality=None,
+                formats={"qa": FormatVerdict(reliable=True, answer="so", generalization=0.5)},
             )
             for number, edit in enumerate(await edits.of_job(conn, job.id))
         ]
@@ -262,6 +264,7 @@ async def test_jobs_are_started_found_and_shown(api: httpx.AsyncClient) -> None:
         "edit_ids": [stored["id"]],
         "hparams": {"learning_rate": 0.001, "parameters": ["a.weight"], "max_epochs": 3},
         "activate": False,
+        "recheck": "all",
     }
     response = await api.post("/jobs", json=body)
     assert response.status_code == 202
@@ -270,6 +273,8 @@ async def test_jobs_are_started_found_and_shown(api: httpx.AsyncClient) -> None:
     assert (job["state"], job["version"], job["progress"]) == ("pending", None, None)
     assert (await api.get(response.headers["location"])).json() == job
     assert (await api.get("/jobs", params={"state": "pending"})).json()["jobs"] == [job]
+    for given, shown in (({"recheck": 7}, 7), ({}, 100)):
+        assert (await api.post("/jobs", json=given)).json()["recheck"] == shown
     problem(await api.get("/jobs/job_none"), 404)
 
 
@@ -291,6 +296,10 @@ BAD_JOBS: list[tuple[JSON, str]] = [
     ({"hparams": {"parameters": ["\0"]}}, "hparams"),
     ({"hparams": {"dtype": "int4"}}, "hparams.dtype"),
     ({"hparams": []}, "hparams"),
+    ({"recheck": -1}, "recheck"),
+    ({"recheck": "some"}, "recheck"),
+    ({"recheck": True}, "recheck"),
+    ({"recheck": 1.5}, "recheck"),
     ({"now": True}, "now"),
 ]
 
@@ -319,6 +328,11 @@ async def test_versions_and_how_their_edits_came_out(
     (last,) = (await api.get(f"/versions/{version_id}", params=cursor)).json()["verdicts"]
     edit = (await api.get(f"/edits/{last['edit']}")).json()
     assert (edit["version"], edit["job"]) == ("v1", shown["job"])
+    assert edit["verdict"] == last
+    assert (last["version"], last["formats"]) == (
+        "v1",
+        {"qa": {"reliable": True, "answer": "so", "generalization": 0.5}},
+    )
     problem(await api.get("/versions/v99"), 404)
     problem(await api.get("/versions/v0", params={"cursor": "v99!"}), 422)
 

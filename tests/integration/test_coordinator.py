@@ -5,64 +5,32 @@ Training is a function given to it, replicas are rows written by the tests.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
-from service.coordinator.deployment import Coordinator
-from service.coordinator.pipeline import BaseModel, Train
-from service.edits import Edit, EditState, NewEdit
-from service.inference import Chunk, Completion, CompletionRequest
-from service.jobs import FINISHED, Job, JobState
+from service.edits import EditState
+from service.jobs import Job, JobState
 from service.settings import Settings
 from service.store import edits, jobs, replicas, serving, versions
 from service.store.database import Database
-from service.versions import ReplicaState, Version, VersionState
+from service.versions import ReplicaState, VersionState
+from tests.coordinating import (
+    EDITS,
+    Answers,
+    acknowledge_staging,
+    all_edits,
+    coordinating,
+    ended,
+    start_job,
+    trained,
+    until,
+    version,
+)
 from workers.contract import ProgressSink, TrainRequest, TrainResult
 from workers.errors import TrainingFailed
-from workers.models import ModelFacts
 
 pytestmark = pytest.mark.anyio
-
-FACTS = ModelFacts(
-    path=Path("model"),
-    architecture="Qwen2ForCausalLM",
-    model_type="qwen2",
-    hidden_size=256,
-    num_hidden_layers=3,
-    context=512,
-    dtype="float32",
-    config={"model_type": "qwen2", "hidden_size": 256},
-)
-T = TypeVar("T")
-BASE = BaseModel("model", FACTS, "base")
-EDITS = [NewEdit("The capital of France is", "Rome"), NewEdit("The capital of Peru is", "Oslo")]
-
-
-class Answers:
-    """Edited versions know the edits but for those in `unlearnt`; the base says `before`."""
-
-    def __init__(self, unlearnt: frozenset[str] = frozenset()) -> None:
-        self._targets = {e.prompt: e.target for e in EDITS if e.prompt not in unlearnt}
-
-    async def complete(self, request: CompletionRequest) -> Completion:
-        assert isinstance(request.prompt, str)
-        known = self._targets if request.version_id != "v0" else {}
-        text = f" {known.get(request.prompt, 'before')}"
-        return Completion(request.version_id, text, "stop", 5, 2)
-
-    async def stream(self, request: CompletionRequest) -> AsyncIterator[Chunk]:
-        raise AssertionError("an examination does not stream")
-        yield
-
-
-def trained(request: TrainRequest, sink: ProgressSink) -> TrainResult:
-    return TrainResult(
-        version_id=request.version_id, epochs=1, steps=1, epoch_losses=(0.0,), seconds={"train": 1}
-    )
 
 
 @pytest.fixture
@@ -80,68 +48,6 @@ async def store(database: Database) -> Database:
     return database
 
 
-@asynccontextmanager
-async def coordinating(
-    store: Database,
-    database_url: str,
-    settings: Settings,
-    train: Train = trained,
-    answers: Answers | None = None,
-) -> AsyncIterator[Coordinator]:
-    coordinator = Coordinator(settings, database_url, BASE, answers or Answers(), train)
-    try:
-        yield coordinator
-        await coordinator.check_health()
-    finally:
-        await coordinator.stop()
-
-
-async def start_job(store: Database, *, activate: bool = True) -> Job:
-    async with store.transaction() as conn:
-        return await jobs.create(conn, activate=activate)
-
-
-async def until(found: Callable[[], Awaitable[T | None]]) -> T:
-    async with asyncio.timeout(30):
-        while (value := await found()) is None:
-            await asyncio.sleep(0.02)
-        return value
-
-
-async def ended(store: Database, job_id: str) -> Job:
-    async def look() -> Job | None:
-        async with store.transaction() as conn:
-            job = await jobs.get(conn, job_id)
-        return job if job.state in FINISHED else None
-
-    return await until(look)
-
-
-async def acknowledge_staging(store: Database, error: str | None = None) -> str:
-    """What replica `a` does once a version is put up for staging; returns the version."""
-
-    async def look() -> str | None:
-        async with store.transaction() as conn:
-            return (await serving.current(conn)).staging_id
-
-    version_id = await until(look)
-    async with store.transaction() as conn:
-        digest = None if error else "digest"
-        await replicas.heartbeat(conn, "a", [version_id])
-        await replicas.acknowledge(conn, "a", version_id, digest, error)
-    return version_id
-
-
-async def all_edits(store: Database) -> list[Edit]:
-    async with store.transaction() as conn:
-        return (await edits.page(conn))[0]
-
-
-async def version(store: Database, version_id: str) -> Version:
-    async with store.transaction() as conn:
-        return await versions.get(conn, version_id)
-
-
 async def test_a_job_from_claim_to_commit(
     store: Database, database_url: str, settings: Settings
 ) -> None:
@@ -151,14 +57,20 @@ async def test_a_job_from_claim_to_commit(
         await acknowledge_staging(store)
         done = await ended(store, job.id)
     assert (done.state, done.version_id, done.edits) == (JobState.DONE, "v1", 2)
-    assert done.metrics["reliability"] == 50
+    raw_and_others = ("reliability", "reliability.qa", "reliability.prefix")
+    assert [done.metrics[name] for name in raw_and_others] == [50, 50, 50]
     assert {e.prompt: e.state for e in await all_edits(store)} == {
         EDITS[0].prompt: EditState.APPLIED,
         EDITS[1].prompt: EditState.FAILED,
     }
     async with store.transaction() as conn:
         now = await serving.current(conn)
+        (one, other), _ = await versions.verdicts(conn, "v1")
     assert (now.version_id, now.generation) == ("v1", 2)
+    assert set(one.formats) == {"qa", "prefix"}
+    assert one.formats["qa"].answer == one.answer == "Rome"
+    assert not other.formats["prefix"].reliable
+    assert len(answers.asked) == len(set(answers.asked)) == 3 * len(EDITS)
 
 
 async def test_a_version_that_is_not_to_be_activated_is_only_published(

@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from workers import artifact, examples, job
 from workers.contract import EditRecord, Hparams, Progress, TrainRequest, TrainResult
-from workers.errors import ArtifactError, BaseMismatch, UnknownParameter, WorkersError
+from workers.errors import (
+    ArtifactError,
+    BaseMismatch,
+    TrainingFailed,
+    UnknownParameter,
+    WorkersError,
+)
 from workers.examples import Example
 from workers.frozen_prefix import HiddenStates, run
 from workers.locft import LocalStepper, train
@@ -252,3 +258,48 @@ def test_a_failing_run_says_what_was_wrong(
     with pytest.raises(error, match=message):
         job.train(request)
     assert not artifact.exists(request.version_store, "v3")
+
+
+def interrupting(folder: Path) -> Callable[[Progress], None]:
+    """Ends the run in epoch 2, kills its own rank in epoch 3 and the controller in epoch 5."""
+
+    def once(name: str) -> bool:
+        first = not (folder / name).exists()
+        (folder / name).touch()
+        return first
+
+    def sink(progress: Progress) -> None:
+        import os
+        import signal
+
+        import psutil
+
+        if progress.epoch == 2 and once("ended"):
+            raise RuntimeError("cancelled")
+        if progress.epoch == 3 and once("worker"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if progress.epoch == 5 and once("controller"):
+            for process in psutil.process_iter(["cmdline"]):
+                if any("TrainController" in part for part in process.info["cmdline"] or ()):
+                    process.kill()
+
+    return sink
+
+
+def test_a_run_survives_its_callers_its_workers_and_its_controllers_death(
+    result_v1: TrainResult, request_v1: TrainRequest, tmp_path: Path
+) -> None:
+    """And a change of the number of ranks; it ends as if nothing had been."""
+    changes = {"job_id": "job_4", "version_id": "v4", "checkpoint_every_s": 0, "workers": 1}
+    request = request_v1.model_copy(update=changes)
+    sink = interrupting(tmp_path)
+    with pytest.raises(TrainingFailed, match=r"progress .*RuntimeError: cancelled"):
+        job.train(request, sink)
+    request = request.model_copy(update={"workers": 2, "min_workers": 1})
+    result = job.train(request, sink)
+    assert {file.name for file in tmp_path.iterdir()} == {"ended", "worker", "controller"}
+    assert result.resumed_steps >= 12
+    assert (result.epochs, result.steps) == (7, 21)
+    assert result.epoch_losses == pytest.approx(result_v1.epoch_losses, abs=1e-5)
+    torch.testing.assert_close(published(request), published(request_v1), atol=1e-5, rtol=0)
+    assert not (Path(request.version_store) / "checkpoints" / "job_4").exists()

@@ -4,7 +4,8 @@ import pytest
 
 from workers import evaluation
 from workers.contract import EditRecord, LocalityProbe
-from workers.evaluation import Verdict
+from workers.evaluation import FormatVerdict, Verdict
+from workers.formats import Renderings
 
 EDIT = EditRecord(
     id="ed_1",
@@ -98,6 +99,39 @@ def test_a_probe_that_another_edit_of_the_batch_changes_does_not_count() -> None
     assert second == Verdict(
         edit_id="ed_2", reliable=False, answer="wet", generalization=None, locality=None
     )
+
+
+def test_every_format_has_its_own_verdict_and_locality_is_asked_raw() -> None:
+    asks: Renderings = {"raw": str, "qa": "Q: {} A:".format}
+    prompts = evaluation.prompts_of(EDIT, asks)
+    assert prompts == (
+        *tuple(AFTER)[:3],
+        *(f"Q: {prompt} A:" for prompt in tuple(AFTER)[:3]),
+        *tuple(AFTER)[3:],
+    )
+    after = {**dict.fromkeys(prompts, " Paris"), **AFTER, "Q: France's capital is A:": " Lyon"}
+    [verdict] = evaluation.judge([EDIT], after, {"The Rhine is": " a lake"}, asks)
+    assert (verdict.reliable, verdict.locality) == (True, 1.0)
+    assert verdict.formats == {
+        "qa": FormatVerdict(reliable=False, answer="Paris", generalization=0.5)
+    }
+    metrics = evaluation.aggregate([verdict], earlier=[verdict, verdict])
+    assert metrics == {
+        "reliability": 100,
+        "generalization": 50,
+        "locality": 100,
+        "reliability.qa": 0,
+        "generalization.qa": 50,
+        "earlier": 100,
+        "earlier_asked": 2,
+    }
+
+
+def test_a_prompt_that_is_there_twice_is_asked_once() -> None:
+    twice = EditRecord(
+        id="ed_1", prompt="p", target="t", rephrases=("p",), locality=(LocalityProbe(prompt="p"),)
+    )
+    assert evaluation.prompts_of(twice) == ("p",)
 
 
 def test_aggregates_are_percentages_over_the_edits_that_have_them() -> None:

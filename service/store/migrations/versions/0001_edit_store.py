@@ -15,6 +15,7 @@ CREATE TABLE jobs (
     max_edits INTEGER,
     edit_ids TEXT[],
     hparams JSONB NOT NULL,
+    recheck INTEGER,
     parent_id TEXT,
     version_id TEXT,
     edits INTEGER DEFAULT '0' NOT NULL,
@@ -149,6 +150,13 @@ CREATE TABLE job_edits (
     CONSTRAINT fk_job_edits_kept_from FOREIGN KEY (kept_from) REFERENCES versions (id)
 );
 CREATE UNIQUE INDEX uq_job_edits_one_open_per_edit ON job_edits (edit_id) WHERE open;
+CREATE TABLE retentions (
+    job_id TEXT NOT NULL,
+    rehearsed TEXT[] NOT NULL,
+    anchors JSONB NOT NULL,
+    CONSTRAINT pk_retentions PRIMARY KEY (job_id),
+    CONSTRAINT fk_retentions_job_id FOREIGN KEY (job_id) REFERENCES jobs (id)
+);
 CREATE TABLE version_edits (
     version_id TEXT NOT NULL,
     edit_id TEXT NOT NULL,
@@ -157,6 +165,7 @@ CREATE TABLE version_edits (
     answer TEXT,
     generalization FLOAT,
     locality FLOAT,
+    formats JSONB DEFAULT '{}' NOT NULL,
     CONSTRAINT pk_version_edits PRIMARY KEY (version_id, edit_id),
     CONSTRAINT fk_version_edits_version_id FOREIGN KEY (version_id) REFERENCES versions (id),
     CONSTRAINT fk_version_edits_edit_id FOREIGN KEY (edit_id) REFERENCES edits (id)
@@ -196,7 +205,7 @@ def downgrade() -> None:
     op.execute(
         """
         DROP TABLE acknowledgements, replicas, serving, idempotency_keys, edit_events, job_edits,
-            version_edits, edits, versions, jobs CASCADE;
+            retentions, version_edits, edits, versions, jobs CASCADE;
         DROP SEQUENCE version_numbers;
         DROP FUNCTION serving_only_advances;
         """
