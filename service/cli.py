@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from service import display
 from service.client import ApiError, Client, read_jsonl
+from service.commands.evaluate import evaluate
 from service.commands.plan import plan
 from service.errors import ErrataError
 from workers.errors import WorkersError
@@ -25,6 +26,7 @@ versions_app = typer.Typer(help="Look at versions, roll forward or back.", no_ar
 app.add_typer(edits_app, name="edits")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(versions_app, name="versions")
+app.command("eval")(evaluate)
 app.command("plan")(plan)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -19,6 +19,20 @@ class CompletionRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    prompt_logprobs: int | None = None
+    """Score the prompt instead of only reading it, with so many of the likeliest tokens at each
+    place; its text is part of the answer's, and `max_tokens` is 0 or 1, greedy."""
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token of a scored text; logarithms are natural."""
+
+    text: str
+    logprob: float | None
+    """None for the first one, which nothing comes before."""
+    top: tuple[tuple[str, float], ...]
+    """The likeliest tokens in its place, likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    scores: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,8 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    scores: tuple[TokenScore, ...] = ()
+    """Of the prompt's tokens and the answer's, where `prompt_logprobs` asked for them."""
 
 
 class Inference(Protocol):

@@ -20,6 +20,7 @@ from service.api.openai import (
     Choice,
     CompletionAnswer,
     CompletionBody,
+    Logprobs,
     ModelCard,
     ModelList,
     Usage,
@@ -45,9 +46,8 @@ async def complete(
     inference: InferenceDep,
 ) -> CompletionAnswer | StreamingResponse:
     """Completes prompts with the committed version, or with the one that `model` names."""
-    if body.max_tokens > settings.max_new_tokens:
-        message = f"is {body.max_tokens}; ask for at most {settings.max_new_tokens}"
-        raise InvalidInput(f"max_tokens {message}", (FieldError("max_tokens", message),))
+    if misfit := body.misfit(settings.max_new_tokens):
+        raise InvalidInput(" ".join(misfit), (FieldError(*misfit),))
     answer = Answer(body, await admission.resolve(body.model))
     if body.stream:
         return await answer.streamed(inference)
@@ -56,7 +56,7 @@ async def complete(
 
 
 @router.get("/models")
-async def models(database: DatabaseDep) -> ModelList:
+async def models(database: DatabaseDep, settings: SettingsDep) -> ModelList:
     """`errata` (the committed version), `errata@base`, and the versions that can be asked."""
     async with database.transaction() as conn:
         found, _ = await versions.page(conn, limit=1000)
@@ -66,10 +66,13 @@ async def models(database: DatabaseDep) -> ModelList:
         ModelCard(
             id="errata@base" if version.id == BASE_VERSION else f"errata@{version.id}",
             created=int(version.created_at.timestamp()),
+            root=settings.model_path,
         )
         for version in usable
     ]
-    return ModelList(data=[ModelCard(id="errata", created=newest), *named])
+    return ModelList(
+        data=[ModelCard(id="errata", created=newest, root=settings.model_path), *named]
+    )
 
 
 class WrongVersion(RuntimeError):
@@ -99,7 +102,12 @@ class Answer:
         finally:
             await _end(tasks)
         choices = [
-            Choice(index=index, text=completion.text, finish_reason=completion.finish_reason)
+            Choice(
+                index=index,
+                text=completion.text,
+                logprobs=Logprobs.of(completion.scores) if self._body.echo else None,
+                finish_reason=completion.finish_reason,
+            )
             for index, completion in enumerate(completions)
         ]
         return self._part(choices, self._usage(completions))
@@ -124,6 +132,7 @@ class Answer:
                 top_p=body.top_p,
                 seed=None if body.seed is None else (body.seed + choice) % SEEDS,
                 stop=body.stops(),
+                prompt_logprobs=body.logprobs,
             )
             for prompt in body.prompts()
             for choice in range(body.n)

@@ -3,7 +3,8 @@
 A field that cannot be honoured is accepted only at the value that asks for nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,10 +17,14 @@ from pydantic import (
     model_validator,
 )
 
-from service.inference import FinishReason
+from service.inference import FinishReason, TokenScore
 
 MAX_PROMPTS = 64
-MAX_STOPS = 4
+MAX_STOPS = 16
+SCORING = (
+    "echo with logprobs takes max_tokens 0, or 1 with temperature 0, one choice, no stop and no "
+    "stream"
+)
 
 
 def _one_message(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -50,7 +55,7 @@ class CompletionBody(BaseModel):
 
     model: str = "errata"
     prompt: Prompt
-    max_tokens: int = Field(default=16, ge=1)
+    max_tokens: int = Field(default=16, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     n: int = Field(default=1, ge=1, le=8)
@@ -60,8 +65,9 @@ class CompletionBody(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     user: str | None = None
 
-    echo: Literal[False] = False
-    logprobs: None = None
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
     best_of: Literal[1] = 1
     presence_penalty: float = Field(default=0, ge=0, le=0)
     frequency_penalty: float = Field(default=0, ge=0, le=0)
@@ -103,6 +109,29 @@ class CompletionBody(BaseModel):
             raise ValueError("stream_options.include_usage needs stream: true")
         return self
 
+    def misfit(self, max_new_tokens: int) -> tuple[str, str] | None:
+        """A field whose value does not fit the others or the service, and why; None: all fit.
+
+        Log-probabilities are given for a prompt that is echoed: what a benchmark scores.
+        """
+        if self.max_tokens > max_new_tokens:
+            return "max_tokens", f"is {self.max_tokens}; ask for at most {max_new_tokens}"
+        if not self.echo:
+            if self.logprobs is not None:
+                return "logprobs", "needs echo: true; only prompts are scored"
+            return None if self.max_tokens else ("max_tokens", "is 0; ask for at least 1")
+        if self.logprobs is None:
+            return "echo", "needs logprobs; prompts are echoed only to score them"
+        fits = {
+            "max_tokens": self.max_tokens <= 1,
+            "temperature": self.max_tokens == 0 or self.temperature == 0,
+            "n": self.n == 1,
+            "stop": not self.stops(),
+            "stream": not self.stream,
+        }
+        clashing = next((name for name, fit in fits.items() if not fit), None)
+        return None if clashing is None else (clashing, f"is {getattr(self, clashing)}; {SCORING}")
+
     def prompts(self) -> list[str | tuple[int, ...]]:
         """One entry for each prompt asked."""
         if isinstance(self.prompt, str):
@@ -120,10 +149,29 @@ class CompletionBody(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
+class Logprobs(BaseModel):
+    """Of each token of `text`; null for the first one, which nothing comes before."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+    @classmethod
+    def of(cls, scores: Sequence[TokenScore]) -> Self:
+        texts = [score.text for score in scores]
+        return cls(
+            tokens=texts,
+            token_logprobs=[score.logprob for score in scores],
+            top_logprobs=[dict(score.top) or None for score in scores],
+            text_offset=list(accumulate(map(len, texts[:-1]), initial=0)),
+        )
+
+
 class Choice(BaseModel):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: FinishReason | None
 
 
@@ -151,6 +199,8 @@ class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
+    root: str
+    """The base model's directory or hub id, as the service was given it."""
     owned_by: str = "errata"
 
 

@@ -30,9 +30,9 @@ class Engine(Protocol):
     def generate(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
         """Answer with `request.version_id`, from the first token to the last.
 
-        The last chunk carries the finish reason and the token counts. Closing the iterator frees
-        the request. Raises `InvalidInput` for a prompt that does not fit, `Unavailable` if
-        generation failed.
+        The last chunk carries the finish reason, the token counts and the scores, if asked for.
+        Closing the iterator frees the request. Raises `InvalidInput` for a prompt that does not
+        fit, `Unavailable` if generation failed.
         """
 
     def check(self) -> None:

@@ -22,7 +22,12 @@ class LocalInference:
             last = chunk
         assert last.finish_reason is not None, "the last chunk carries the finish reason"
         return Completion(
-            last.version_id, text, last.finish_reason, last.prompt_tokens, last.completion_tokens
+            last.version_id,
+            text,
+            last.finish_reason,
+            last.prompt_tokens,
+            last.completion_tokens,
+            last.scores,
         )
 
     async def stream(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:

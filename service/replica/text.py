@@ -18,6 +18,12 @@ class Decoder(Protocol):
     ) -> str: ...
 
 
+def token_text(tokenizer: Decoder, token: int) -> str:
+    """One token alone; by its id where it is only part of a character."""
+    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return f"token_id:{token}" if INCOMPLETE in text else text
+
+
 class Detokenizer:
     """Decodes a growing answer.
 

@@ -4,8 +4,10 @@ A view shares each tensor of the base but the edited ones, and has a generation 
 versions answer side by side. Knows nothing of residency rules, Ray, the store or artifacts.
 """
 
+import asyncio
 import copy
 from collections.abc import AsyncGenerator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self
@@ -14,10 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.errors import FieldError, InvalidInput, VersionRejected
-from service.inference import Chunk, CompletionRequest, FinishReason
+from service.inference import Chunk, CompletionRequest, FinishReason, TokenScore
 from service.replica.generation import GenerationLoop, Sizes
 from service.replica.sampling import Sampler
-from service.replica.text import Detokenizer, StopScanner
+from service.replica.scoring import score
+from service.replica.text import Detokenizer, StopScanner, token_text
 from service.versions import BASE_VERSION
 
 
@@ -33,7 +36,11 @@ class TransformersEngine:
         # Never run: transformers changes a model's config for the time of a forward pass, and a
         # view taken in the middle of one would keep the change.
         self._base = model.eval().requires_grad_(False)
-        self._loops = {BASE_VERSION: self._loop(view(self._base, ()))}
+        self._loops: dict[str, GenerationLoop] = {}
+        # Views of their own: generation changes the attention of the model that it runs.
+        self._scored: dict[str, Any] = {}
+        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+        self.stage(BASE_VERSION, ())
 
     @classmethod
     def load(cls, path: Path, sizes: Sizes, threads: int) -> Self:
@@ -50,14 +57,23 @@ class TransformersEngine:
         return self._loops[version_id].model
 
     def stage(self, version_id: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._loops[version_id] = self._loop(view(self._base, tensors))
+        model = view(self._base, tensors)
+        self._scored[version_id] = view(model, ())
+        self._loops[version_id] = GenerationLoop(model, self._eos_tokens, self._sizes)
 
     async def drop(self, version_id: str) -> None:
+        del self._scored[version_id]
         await self._loops.pop(version_id).close()
 
     async def generate(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
         loop = self._loops[request.version_id]
         prompt = self._prompt(request)
+        if request.prompt_logprobs is not None:
+            model, top = self._scored[request.version_id], request.prompt_logprobs
+            yield await asyncio.get_running_loop().run_in_executor(
+                self._scoring, self._score, model, request, prompt, top
+            )
+            return
         detokenizer = Detokenizer(self._tokenizer, prompt)
         scanner = StopScanner(request.stop)
         tokens = 0
@@ -87,8 +103,34 @@ class TransformersEngine:
         for loop in list(self._loops.values()):
             await loop.close()
 
-    def _loop(self, model: Any) -> GenerationLoop:
-        return GenerationLoop(model, self._eos_tokens, self._sizes)
+    def _score(self, model: Any, request: CompletionRequest, prompt: list[int], top: int) -> Chunk:
+        """The whole answer to a request for scores; takes a forward pass, so not the event loop."""
+        scores = score(model, prompt, max(top, 1))
+        text = request.prompt if isinstance(request.prompt, str) else self._tokenizer.decode(prompt)
+        reason: FinishReason = "length"
+        tokens, logprobs = list(prompt), scores.logprobs
+        if request.max_tokens:
+            token, logprob = scores.likeliest[-1][0]
+            tokens.append(token)
+            logprobs.append(logprob)
+            answer = Detokenizer(self._tokenizer, prompt)
+            text += answer.add(token) + answer.flush()
+            reason = "stop" if token in self._eos_tokens else "length"
+        likeliest = [each[:top] for each in scores.likeliest[: len(tokens)]]
+        return Chunk(
+            request.version_id,
+            text,
+            reason,
+            len(prompt),
+            len(tokens) - len(prompt),
+            tuple(map(self._token_score, tokens, logprobs, likeliest)),
+        )
+
+    def _token_score(
+        self, token: int, logprob: float | None, likeliest: list[tuple[int, float]]
+    ) -> TokenScore:
+        top = tuple((token_text(self._tokenizer, other), value) for other, value in likeliest)
+        return TokenScore(token_text(self._tokenizer, token), logprob, top)
 
     def _sampler(self, request: CompletionRequest) -> Sampler | None:
         if request.temperature == 0:

@@ -1,5 +1,6 @@
 """OpenAI's protocol end to end in one process: HTTP, admission, a real engine, PostgreSQL."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from service.api.app import create_api
 from service.errors import NotFound, Unavailable
@@ -146,6 +148,58 @@ async def test_a_stop_string(client: httpx.AsyncClient) -> None:
     assert choice["finish_reason"] == "stop"
 
 
+SCORED = {"echo": True, "logprobs": 2, "max_tokens": 1}
+
+
+def plain_logprobs(engine: TransformersEngine, version_id: str, ids: list[int]) -> torch.Tensor:
+    """Of every token at every place, by the model's own forward pass."""
+    with torch.no_grad():
+        return engine.model(version_id)(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+@pytest.mark.parametrize(("model", "version_id"), [("errata@base", "v0"), ("errata@v1", "v1")])
+async def test_a_scored_prompt(
+    client: httpx.AsyncClient, engine: TransformersEngine, model: str, version_id: str
+) -> None:
+    ids = [5 + n % 250 for n in range(300)]
+    generating = asyncio.create_task(post(client, model=model, max_tokens=24))
+    scored = (await post(client, model=model, prompt=ids, **SCORED)).json()
+    (choice,) = scored["choices"]
+    logprobs = choice["logprobs"]
+    assert (await generating).status_code == 200
+    assert scored["usage"] == {"prompt_tokens": 300, "completion_tokens": 1, "total_tokens": 301}
+    expected = plain_logprobs(engine, version_id, ids)
+    own = [expected[place, token].item() for place, token in enumerate(ids[1:])]
+    best = expected.max(-1).values.tolist()
+    assert logprobs["token_logprobs"] == pytest.approx([None, *own, best[-1]], abs=1e-4)
+    assert logprobs["top_logprobs"][0] is None
+    assert [max(top.values()) for top in logprobs["top_logprobs"][1:]] == pytest.approx(
+        best, abs=1e-4
+    )
+    assert {len(top) for top in logprobs["top_logprobs"][1:]} == {2}
+    assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == 301
+
+
+async def test_a_scored_text_begins_with_the_prompt(client: httpx.AsyncClient) -> None:
+    plain = (await post(client, max_tokens=1)).json()["choices"][0]
+    for max_tokens, answer in ((1, plain["text"]), (0, "")):
+        body = {**SCORED, "max_tokens": max_tokens, "logprobs": 0}
+        choice = (await post(client, **body)).json()["choices"][0]
+        assert choice["text"] == "the capital of" + answer
+        assert choice["logprobs"]["tokens"][:3] == ["the", " capital", " of"]
+        assert choice["logprobs"]["text_offset"][:3] == [0, 3, 11]
+        assert set(map(str, choice["logprobs"]["top_logprobs"])) == {"None"}
+        assert choice["finish_reason"] == "length"
+
+
+async def test_tokens_that_are_no_text_of_their_own_are_named_by_id(
+    client: httpx.AsyncClient, engine: TransformersEngine
+) -> None:
+    choice = (await post(client, prompt="é", **SCORED)).json()["choices"][0]
+    assert all(token.startswith("token_id:") for token in choice["logprobs"]["tokens"][:2])
+    assert choice["text"].startswith("é")
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
@@ -159,10 +213,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"n": 9}, "n"),
-    ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
     ({"stop": ""}, "stop"),
     ({"echo": True}, "echo"),
     ({"logprobs": 1}, "logprobs"),
+    ({"logprobs": 6, "echo": True}, "logprobs"),
+    ({**SCORED, "max_tokens": 2}, "max_tokens"),
+    ({**SCORED, "n": 2}, "n"),
+    ({**SCORED, "stop": "x"}, "stop"),
+    ({**SCORED, "temperature": 0.5}, "temperature"),
+    ({**SCORED, "stream": True}, "stream"),
     ({"best_of": 2}, "best_of"),
     ({"presence_penalty": 0.5}, "presence_penalty"),
     ({"frequency_penalty": -0.5}, "frequency_penalty"),
@@ -176,7 +236,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 async def test_bad_input_names_the_field(client: httpx.AsyncClient) -> None:
     for body, field in BAD:
         for stream in {False, "stream_options" not in body}:
-            response = await post(client, stream=stream, **body)
+            response = await post(client, **{"stream": stream, **body})
             assert response.status_code == 422, response.text
             assert response.headers["content-type"] == "application/problem+json"
             assert [error["field"] for error in response.json()["errors"]] == [field], body
