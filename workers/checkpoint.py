@@ -71,7 +71,8 @@ def save(
 ) -> None:
     """Writes a checkpoint, on all ranks together; the ones before are removed.
 
-    Raises `TrainingFailed` if it cannot be written; the one before is kept then.
+    Raises `TrainingFailed` if it cannot be written, or holds what is not a number; the one before
+    is kept then.
     """
     root = Folder(store, "checkpoints", job_id)
     folder = Folder(store, "checkpoints", job_id, f"{state.epoch:05d}-{state.batches:07d}")
@@ -104,6 +105,11 @@ def discard(store: str, job_id: str) -> None:
 
 
 def _write(folder: Folder, piece: Piece, rank: int, ranks: int) -> Slice:
+    if not piece.flat.isfinite().all():
+        raise TrainingFailed(
+            f"{piece.name} is not finite at checkpoint {folder}; "
+            "the one before is kept; a lower learning rate may help"
+        )
     return slices.write_slice(folder, piece.name, piece.shape, piece.start, piece.flat, rank, ranks)
 
 

@@ -17,7 +17,7 @@ from workers.errors import TrainingFailed
 from workers.formats import ChatTokenizer, render
 
 ROW_CELLS = 64
-"""A row is as long as its batch's longest sample, and no shorter than this."""
+"""A row is no longer than this, or than its batch's longest sample."""
 
 
 class Tokenizer(ChatTokenizer, Protocol):
@@ -169,8 +169,7 @@ class Batch:
 
 def pack(examples: Sequence[Example]) -> Batch:
     """Lays `examples` out in as few rows as first-fit finds, longest first."""
-    columns = max(ROW_CELLS, *(len(example) for example in examples))
-    starts, rows = _places([len(example) for example in examples], columns)
+    starts, rows, columns = _places([len(example) for example in examples])
     positions_RC = torch.zeros(rows * columns, dtype=torch.long)
     cells, learnt_from = [], []
     for example, start in zip(examples, starts, strict=True):
@@ -189,15 +188,33 @@ def pack(examples: Sequence[Example]) -> Batch:
     )
 
 
-def _places(lengths: Sequence[int], columns: int) -> tuple[list[int], int]:
-    """The first cell of each sample, and how many rows there are."""
+def _places(lengths: Sequence[int]) -> tuple[list[int], int, int]:
+    """Each sample's first cell, and how many rows and columns there are.
+
+    Rows are as short as they can be without there being more of them.
+    """
+    most = max(ROW_CELLS, *lengths)
+    fewest = len(_rows(lengths, most))
+    even = max(*lengths, -(-sum(lengths) // fewest), 1)
+    columns = next(c for c in range(even, most + 1) if len(_rows(lengths, c)) <= fewest)
     starts = [0] * len(lengths)
-    used: list[int] = []
+    for row, samples in enumerate(_rows(lengths, columns)):
+        start = row * columns
+        for sample in samples:
+            starts[sample] = start
+            start += lengths[sample]
+    return starts, fewest, columns
+
+
+def _rows(lengths: Sequence[int], columns: int) -> list[list[int]]:
+    """The samples in each row: first-fit, the longest first."""
+    rows: list[list[int]] = []
+    room: list[int] = []
     for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
-        fits = (row for row, end in enumerate(used) if end + lengths[sample] <= columns)
-        row = next(fits, len(used))
-        if row == len(used):
-            used.append(0)
-        starts[sample] = row * columns + used[row]
-        used[row] += lengths[sample]
-    return starts, len(used)
+        row = next((row for row, left in enumerate(room) if left >= lengths[sample]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(columns)
+        rows[row].append(sample)
+        room[row] -= lengths[sample]
+    return rows

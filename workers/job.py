@@ -151,6 +151,8 @@ def _set_up_process() -> None:
     """Shares the node's cores among its ranks; Ray and DeepSpeed say only what matters."""
     here = ray_train.get_context().get_local_world_size()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+    # Adam's squares of vanishing gradients slow a CPU down threefold.
+    torch.set_flush_denormal(True)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger().setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

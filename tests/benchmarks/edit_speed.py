@@ -97,12 +97,12 @@ def fast(model: Any, samples: Sequence[Example], hparams: Hparams, depth: int) -
         frozen_prefix.run(model.get_decoder(), depth, samples, states)
         run.prefix_s = time.perf_counter() - began
         stepper = locft.LocalStepper(model, hparams, depth, states)
-        clock = _Clock(run)
+        clock = Clock(run)
         run.epoch_losses = list(locft.train(samples, hparams, stepper, clock).epoch_losses)
     return run
 
 
-class _Clock:
+class Clock:
     """Batch losses and epoch seconds, out of the loop's states."""
 
     def __init__(self, run: Run) -> None:

@@ -62,6 +62,7 @@ def batch_loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
         ids_BT[row, -len(tokens) :] = tokens
         mask_BT[row, -len(tokens) :] = 1
         labels_BT[row, -len(example.target) :] = torch.tensor(example.target)
+    ids_BT, mask_BT, labels_BT = (ids.to(model.device) for ids in (ids_BT, mask_BT, labels_BT))
     logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits.float()
     next_BT = labels_BT[:, 1:]
     losses_BT = nn.functional.cross_entropy(

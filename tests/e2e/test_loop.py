@@ -35,8 +35,8 @@ def job(service: ServiceProcess) -> JSON:
     """A finished job over the edits."""
     answers = service.client.submit(EDITS)
     assert [answer["state"] for answer in answers] == ["queued"] * len(EDITS)
-    # As many steps an epoch as the demo's 100 edits have.
-    job = service.client.post("/jobs", {"kind": "extend", "hparams": {"batch_size": 2}})
+    body = {"kind": "extend", "hparams": {"formats": ["raw", "qa"]}}
+    job = service.client.post("/jobs", body)
     ended = display.watch(service.client, job["id"], quiet=True)
     assert ended["state"] == "done", ended["error"]
     return ended

@@ -23,7 +23,8 @@ def test_acknowledged_edits_survive_and_are_applied(tmp_path: Path) -> None:
     try:
         api = second.client
         assert {edit["id"] for edit in api.pages("/edits", "edits", state="queued")} == ids
-        job = api.post("/jobs", {"kind": "extend", "hparams": {"batch_size": 1}})
+        hparams = {"batch_size": 1, "formats": ["raw"]}
+        job = api.post("/jobs", {"kind": "extend", "hparams": hparams})
         wait_for(api, f"/jobs/{job['id']}", lambda item: item["progress"] is not None)
         second.actor("Coordinator").kill()
         ended = display.watch(api, job["id"], quiet=True)

@@ -65,7 +65,7 @@ def test_several_samples_share_a_row_and_only_targets_are_learnt() -> None:
     batch = examples.pack([Example(0, "1", (5, 6, 7), (8, 9)), Example(1, "2", (5,), (6, 9))])
     assert batch.tokens_T.tolist() == [5, 6, 7, 8, 5, 6]
     assert batch.cell_T.tolist() == [0, 1, 2, 3, 4, 5]
-    assert batch.position_ids_RC.tolist() == [[0, 1, 2, 3, 0, 1] + [0] * 58]
+    assert batch.position_ids_RC.tolist() == [[0, 1, 2, 3, 0, 1]]
     assert batch.learnt_from_N.tolist() == [2, 3, 4, 5]
     assert batch.next_N.tolist() == [8, 9, 6, 9]
     assert batch.sample_N.tolist() == [0, 0, 1, 1]
@@ -77,6 +77,7 @@ def test_a_row_is_as_long_as_the_longest_sample() -> None:
     samples = [Example(n, str(n), (1,) * length, (2,)) for n, length in enumerate(lengths)]
     batch = examples.pack(samples)
     assert batch.position_ids_RC.shape == (3, 90)
+    assert examples.pack(samples[:1] + samples[2:]).position_ids_RC.shape == (3, 61)
     assert len(set(batch.cell_T.tolist())) == sum(lengths)
     starts = batch.cell_T[batch.position_ids_RC.view(-1)[batch.cell_T] == 0]
     assert sorted(starts.tolist()) == [0, 90, 151, 180, 220]
@@ -139,3 +140,9 @@ def test_a_tokenizer_without_eos_is_refused(tokenizer: PreTrainedTokenizerFast) 
     tokenizer.eos_token = None
     with pytest.raises(TrainingFailed, match="no EOS token"):
         examples.tokenize([edit()], tokenizer, CONTEXT)
+
+
+def test_no_pad_token_is_needed(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert tokenizer.pad_token is None
+    samples = examples.tokenize([edit("a", "b"), edit("a b c", "d")], tokenizer, CONTEXT)
+    assert len(examples.pack(samples).counts_B) == 2
