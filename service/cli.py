@@ -17,6 +17,7 @@ from service.client import ApiError, Client, read_jsonl
 from service.commands.evaluate import evaluate
 from service.commands.plan import plan
 from service.errors import ErrataError
+from workers.benchmark_sets import BenchmarkSet, SetName, to_edit_json
 from workers.errors import WorkersError
 
 app = typer.Typer(help="Edits what a language model knows.", no_args_is_help=True)
@@ -81,9 +82,19 @@ def up(
 
 
 @edits_app.command("submit")
-def submit_edits(file: Path, as_json: AsJson = False) -> None:
-    """Submit the edits of a file with one JSON object a line."""
-    edits = read_jsonl(file)
+def submit_edits(
+    file: str,
+    set_name: Annotated[
+        SetName | None, typer.Option("--set", help="The file or hub id is such a benchmark set.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of a benchmark set: so many.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit the edits of a file with one JSON object a line, or of a benchmark set."""
+    if set_name is None:
+        edits = read_jsonl(Path(file))
+    else:
+        edits = [to_edit_json(edit) for edit in BenchmarkSet(file, set_name, limit).usable()]
     with client() as api:
         show(api.submit(edits), as_json, display.submitted)
 

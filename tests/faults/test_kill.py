@@ -1,4 +1,4 @@
-"""kill -9 of everything, of the coordinator while it trains, of the replicas; a rotten shard."""
+"""kill -9 of everything while a job trains, of its next coordinator, of the replicas; a rotten shard."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,26 +10,29 @@ from service.client import JSON, ApiError, Client, read_jsonl
 from tests.service_process import ServiceProcess
 from workers.artifact import read_manifest
 
+NONE = {"step": 0}
 EDITS = read_jsonl(Path(__file__).parents[2] / "deploy" / "demo" / "edits.jsonl")[:10]
 
 
 def test_acknowledged_edits_survive_and_are_applied(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
-    first = ServiceProcess(data_dir)
+    first = ServiceProcess(data_dir, ERRATA_CHECKPOINT_EVERY_S="0")
     ids = {answer["id"] for answer in first.client.submit(EDITS)}
+    hparams = {"batch_size": 1, "formats": ["raw"]}
+    job = first.client.post("/jobs", {"kind": "extend", "hparams": hparams})
+    wait_for(first.client, f"/jobs/{job['id']}", lambda item: (item["progress"] or NONE)["step"] > 9)
     first.kill_everything()
 
     second = ServiceProcess(data_dir)
     try:
         api = second.client
-        assert {edit["id"] for edit in api.pages("/edits", "edits", state="queued")} == ids
-        hparams = {"batch_size": 1, "formats": ["raw"]}
-        job = api.post("/jobs", {"kind": "extend", "hparams": hparams})
-        wait_for(api, f"/jobs/{job['id']}", lambda item: item["progress"] is not None)
+        assert {edit["id"] for edit in api.pages("/edits", "edits", state="claimed")} == ids
         second.actor("Coordinator").kill()
         ended = display.watch(api, job["id"], quiet=True)
         assert ended["state"] == "done", ended["error"]
         assert {edit["id"] for edit in api.pages("/edits", "edits", state="applied")} == ids
+        trained = read_manifest(str(data_dir / "store"), ended["version"]).training
+        assert trained.resumed_steps >= 9
         reject_a_rotten_shard(second, data_dir / "store", ended["version"])
     finally:
         assert second.stop() == 0
