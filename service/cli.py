@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from service import display
 from service.client import ApiError, Client, read_jsonl
 from service.commands.evaluate import evaluate
+from service.commands.locate import locate
 from service.commands.plan import plan
 from service.errors import ErrataError
 from workers.benchmark_sets import BenchmarkSet, SetName, to_edit_json
@@ -28,6 +29,7 @@ app.add_typer(edits_app, name="edits")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(versions_app, name="versions")
 app.command("eval")(evaluate)
+app.command("locate")(locate)
 app.command("plan")(plan)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

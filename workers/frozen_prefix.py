@@ -177,18 +177,21 @@ def run(
     acquire: Acquire = nullcontext,
     release: Callable[[int], None] | None = None,
     device: torch.device | None = None,
+    reached: int | None = None,
 ) -> None:
     """Fills `states` with the output of the first `depth` layers.
 
     With no layers that is the embedding's. Each layer is acquired once, and released after.
+    `reached` is the depth whose output `states` already holds, if it holds any.
     """
     device = device or torch.device("cpu")
     chunks = list(_chunks(examples))
-    with acquire(decoder.embed_tokens):
-        for chunk in chunks:
-            tokens_T = torch.tensor([token for example in chunk for token in example.read])
-            states.put(chunk, decoder.embed_tokens(tokens_T.to(device)))
-    for layer in range(depth):
+    if reached is None:
+        with acquire(decoder.embed_tokens):
+            for chunk in chunks:
+                tokens_T = torch.tensor([token for example in chunk for token in example.read])
+                states.put(chunk, decoder.embed_tokens(tokens_T.to(device)))
+    for layer in range(reached or 0, depth):
         with acquire(decoder.layers[layer]):
             span = Span(decoder, layer, layer + 1, norm=False)
             for chunk in chunks:

@@ -27,6 +27,7 @@ SUPPORTED = (
     "Olmo2ForCausalLM",
 )
 
+_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt"]
 _CHUNK_BYTES = 1 << 24
 _NEEDED = ("config.json", "tokenizer.json", "*.safetensors")
 
@@ -69,7 +70,7 @@ def _is_hub_id(model: str) -> bool:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    return Path(snapshot_download(hub_id, allow_patterns=_PATTERNS))
 
 
 def _download_config(hub_id: str) -> Path:

@@ -1,4 +1,4 @@
-"""kill -9 of everything while a job trains, of its next coordinator, of the replicas; a rotten shard."""
+"""kill -9 of everything in mid-job, of the next coordinator, of the replicas; a rotten shard."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,6 @@ from service.client import JSON, ApiError, Client, read_jsonl
 from tests.service_process import ServiceProcess
 from workers.artifact import read_manifest
 
-NONE = {"step": 0}
 EDITS = read_jsonl(Path(__file__).parents[2] / "deploy" / "demo" / "edits.jsonl")[:10]
 
 
@@ -20,7 +19,7 @@ def test_acknowledged_edits_survive_and_are_applied(tmp_path: Path) -> None:
     ids = {answer["id"] for answer in first.client.submit(EDITS)}
     hparams = {"batch_size": 1, "formats": ["raw"]}
     job = first.client.post("/jobs", {"kind": "extend", "hparams": hparams})
-    wait_for(first.client, f"/jobs/{job['id']}", lambda item: (item["progress"] or NONE)["step"] > 9)
+    wait_for(first.client, f"/jobs/{job['id']}", lambda item: steps(item) > 9)
     first.kill_everything()
 
     second = ServiceProcess(data_dir)
@@ -57,6 +56,10 @@ def reject_a_rotten_shard(service: ServiceProcess, store: Path, version: str) ->
     assert again.value.status == 409
     assert api.get("/serving")["version"] == "v0"
     assert api.ask(EDITS[0]["prompt"]) == answer
+
+
+def steps(job: JSON) -> int:
+    return job["progress"]["step"] if job["progress"] else 0
 
 
 def wait_for(api: Client, path: str, reached: Callable[[JSON], bool]) -> None:
