@@ -72,7 +72,8 @@ class PartitionedModel:
     settings: Any
     """DeepSpeed's configuration."""
     offload: Offload
-    weights: BaseWeights
+    read: ReadSlice
+    """The base model's weights."""
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +93,7 @@ class PartitionedModel:
         deepspeed.zero.Init(module=module, config_dict_or_path=self.settings)
         for name, path in named:
             parameter = module.get_parameter(path)
-            self._fill(parameter, partial(self.weights.read, name))
+            self._fill(parameter, partial(self.read, name))
             if name in self.tuned:
                 self.tuned[name] = parameter
 
@@ -161,7 +162,7 @@ def open_model(
         depth=lowest if depth is None else min(depth, lowest),
         settings=config(hparams.dtype, offload, offload_dir),
         offload=offload,
-        weights=BaseWeights(facts.path),
+        read=BaseWeights(facts.path).read,
     )
     decoder = model.get_decoder()
     with torch.device(opened.device):

@@ -74,7 +74,7 @@ class DemoModel:
 
     def model(self, tensors: Tensors) -> Any:
         """A copy of the model with these tuned tensors, to be trained."""
-        model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+        model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
         with torch.no_grad():
             for name, value in tensors.items():
                 model.get_parameter(name).copy_(value)

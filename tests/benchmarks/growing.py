@@ -1,8 +1,8 @@
 """An edit set that grows: ten extends of 20 edits against a rebuild after each.
 
 An extend starts from the weights before and trains its edits with a sample of earlier ones; a
-rebuild starts from the base with all. The demo model and its own hyperparameters, raw prompts, as
-many rehearsed edits as new ones. Both end with the same 200 edits.
+rebuild starts from the base with all. The demo model, raw prompts, batches of 10, as many rehearsed
+edits as new ones. Both end with the same 200 edits.
 
     python -m tests.benchmarks.growing --json FILE
 """
@@ -24,7 +24,7 @@ WITHIN = 3.0
 def measure() -> Report:
     report = Report(f"{EXTENDS} extends of {NEW} edits against a rebuild after each: demo model")
     demo, edits = DemoModel(), two_hundred()
-    chosen = demo_model.hparams(formats=["raw"], rehearsal=NEW)
+    chosen = demo_model.hparams(formats=["raw"], batch_size=10, rehearsal=NEW)
     live: Tensors = {}
     extend_s, rebuild_s, course = [], [], []
     for number in range(EXTENDS):
