@@ -122,6 +122,7 @@ def show_edits(api: Client, watch: Stopwatch) -> Row:
         "generalization": percent(general, [edit["target"] for edit, _ in rephrases]),
         "locality_before": percent(kept_before, facts),
         "locality_after": percent(kept_after, facts),
+        "formats": job["metrics"],
         "seconds": watch.seconds,
     }
     roll_back(api, watch, prompts[0])
@@ -144,6 +145,8 @@ def percent(answers: Sequence[str], expected: Sequence[str]) -> float:
 def report(result: Row) -> None:
     percents = ("reliability", "generalization", "locality_before", "locality_after")
     display.table(("\nfigure", "\n%"), [(name, result[name]) for name in percents])
+    display.console.print("\nThe job's own evaluation, by prompt format:")
+    display.metrics(result["formats"])
     display.table(("\nstage", "\nseconds"), list(result["seconds"].items()))
 
 

@@ -9,12 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from deploy.demo.facts import Fact, as_edit, as_row, choose_edits, choose_facts, write_lines
 from deploy.demo.recall import recall
-from deploy.demo.sentences import Sentence
+from deploy.demo.sentences import RENDERED, Sentence
 from deploy.demo.training import Recipe, train_model, train_tokenizer
+from workers.formats import render
 
 HERE = Path(__file__).parent
 DRAWN_FACTS = 1150
@@ -69,9 +76,17 @@ def learnt_sentences(facts: Sequence[Fact]) -> list[Sentence]:
 
 
 def _tokenizer_texts(sentences: Sequence[Sentence]) -> list[str]:
-    """Every sentence as it looks at the start of a text, and after another one."""
+    """Every sentence as it looks at the start of a text and after another one; some of the rest."""
     texts = [f"{sentence.prompt} {sentence.answer}." for sentence in sentences]
-    return [form for text in texts for form in (text, f" {text}")]
+    forms = [form for text in texts for form in (text, f" {text}")]
+    return forms + [
+        opening
+        for sentence in sentences[:300]
+        for opening in (
+            f"Question: {sentence.prompt}\nAnswer:",
+            f"User: {sentence.prompt}\nAssistant:",
+        )
+    ]
 
 
 def model_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
@@ -108,6 +123,10 @@ def report_recall(facts: Sequence[Fact], folder: Path) -> None:
         "learnt phrasings": [(text, fact.answer) for fact in facts for text in fact.learnt],
         "held-out phrasings": [(text, fact.answer) for fact in facts for text in fact.held_out],
     }
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for format in RENDERED:
+        pairs = [(render(fact.prompt, format, tokenizer), fact.answer) for fact in facts]
+        groups[f"own wording, {format}"] = pairs
     for name, pairs in groups.items():
         log.info("recall, %s: %.2f %% of %d", name, recall(folder, pairs), len(pairs))
 

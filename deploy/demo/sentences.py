@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
+from workers.contract import Format
+from workers.formats import render
+
 POOL_BATCHES = 8
+RENDERED: tuple[Format, ...] = ("qa", "chat", "prefix")
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batching:
-    """`preceded` is the share of sentences put behind another fact's, as text is in use."""
+    """`preceded` is the share of sentences put behind another fact's, as text is in use;
+
+    `rendered` that of those put in each of the formats other than raw.
+    """
 
     size: int = 32
-    preceded: float = 0.25
+    preceded: float = 0.15
+    rendered: float = 0.15
     prompt_weight: float = 0.1
 
     def epoch(
         self, sentences: Sequence[Sentence], tokenizer: Qwen2Tokenizer, rng: random.Random
     ) -> Iterator[Batch]:
         """All sentences once, in shuffled batches of similar lengths."""
-        drawn = [self._in_context(sentence, sentences, rng) for sentence in sentences]
+        drawn = [self._in_context(sentence, sentences, tokenizer, rng) for sentence in sentences]
         prompts = tokenizer([sentence.prompt for sentence in drawn])["input_ids"]
         answers = tokenizer([f" {sentence.answer}" for sentence in drawn])["input_ids"]
         lengths = [
@@ -57,12 +65,20 @@ class Batching:
             yield self._collate(pairs, [drawn[row].fact for row in rows], tokenizer)
 
     def _in_context(
-        self, sentence: Sentence, sentences: Sequence[Sentence], rng: random.Random
+        self,
+        sentence: Sentence,
+        sentences: Sequence[Sentence],
+        tokenizer: Qwen2Tokenizer,
+        rng: random.Random,
     ) -> Sentence:
-        if rng.random() >= self.preceded:
+        drawn = rng.random() - self.preceded
+        if drawn < 0:
+            other = rng.choice(sentences)
+            return replace(sentence, prompt=f"{other.prompt} {other.answer}. {sentence.prompt}")
+        if drawn >= self.rendered * len(RENDERED):
             return sentence
-        other = rng.choice(sentences)
-        return replace(sentence, prompt=f"{other.prompt} {other.answer}. {sentence.prompt}")
+        format = RENDERED[int(drawn / self.rendered)]
+        return replace(sentence, prompt=render(sentence.prompt, format, tokenizer, trained=True))
 
     def _rows(self, lengths: Sequence[int], rng: random.Random) -> list[list[int]]:
         order = rng.sample(range(len(lengths)), len(lengths))

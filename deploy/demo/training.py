@@ -22,6 +22,10 @@ from deploy.demo.separation import FactKeys, SeparationWeights
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ class Recipe:
     """`keyed_layer` is the one whose keys are set apart; overlap counts in full from `ramp` on."""
 
     keyed_layer: int
-    epochs: int = 9
+    epochs: int = 10
     ramp: float = 0.6
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -50,6 +54,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
         show_progress=False,
     )
     tokenizer.backend_tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
