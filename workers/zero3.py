@@ -327,7 +327,7 @@ class Zero3Stepper:
         optimizer = self._engine.optimizer
         for flat in optimizer.fp32_partitioned_groups_flat:
             moments = {moment: torch.zeros_like(flat) for moment in _MOMENTS}
-            steps = torch.tensor(float(saved.state.steps))
+            steps = torch.tensor(float(saved.state.steps), device=flat.device)
             optimizer.optimizer.state[flat] = {"step": steps, **moments}
         tuned: dict[str, Any] = self._tuned
         for name, parameter in tuned.items():

@@ -13,7 +13,7 @@ from torch import nn
 
 from workers.contract import Hparams
 from workers.examples import Example, batches
-from workers.locft import adam, freeze
+from workers.locft import freeze
 
 IGNORED = -100
 
@@ -34,7 +34,7 @@ class Run:
 
 def train(model: Any, examples: Sequence[Example], hparams: Hparams) -> Run:
     tuned = list(freeze(model, hparams.parameters).values())
-    optimizer = adam(tuned, hparams)
+    optimizer = torch.optim.Adam(tuned, lr=hparams.learning_rate)
     run = Run()
     for epoch in range(1, hparams.max_epochs + 1):
         began, total = time.perf_counter(), 0.0

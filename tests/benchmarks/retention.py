@@ -6,12 +6,14 @@ locality is measured on are none of them. With the demo's own hyperparameters.
     python -m tests.benchmarks.retention --json FILE
 """
 
+from collections.abc import Sequence
+
 from service.client import read_jsonl
 from tests.benchmarks import demo_model
 from tests.benchmarks.demo_model import FOLDER, DemoModel, Edited
 from tests.benchmarks.report import Report, main
 from workers import formats
-from workers.contract import Anchor
+from workers.contract import Anchor, EditRecord
 
 ANCHORS = 200
 
@@ -20,7 +22,7 @@ def measure() -> Report:
     report = Report("100 edits of the demo model in every prompt format")
     demo, edits = DemoModel(), demo_model.edits()
     chosen = demo_model.hparams()
-    ways = {"as it comes": (), "with retention": anchors()}
+    ways = {"as it comes": (), "with retention": anchors(edits)}
     for way, kept in ways.items():
         edited = demo.edit(chosen, demo.samples(chosen, edits, kept), {})
         found = demo.judge(edited.tensors, edits, chosen)
@@ -36,9 +38,9 @@ def measure() -> Report:
     return report
 
 
-def anchors() -> tuple[Anchor, ...]:
+def anchors(edits: Sequence[EditRecord]) -> tuple[Anchor, ...]:
     """Facts that are neither edited nor asked, with the answers the model gives now."""
-    used = {edit.prompt for edit in demo_model.edits()}
+    used = {edit.prompt for edit in edits}
     used |= {probe.prompt for probe in demo_model.unedited()}
     facts = [fact for fact in read_jsonl(FOLDER / "facts.jsonl") if fact["prompt"] not in used]
     return tuple(Anchor(prompt=f["prompt"], answer=f["answer"]) for f in facts[:ANCHORS])
