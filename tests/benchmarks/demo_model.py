@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.client import read_jsonl
-from service.coordinator.examination import examine
+from service.coordinator.examination import Examination, examine
 from service.inference import Completion, CompletionRequest, Inference
 from service.replica.generation import Sizes
 from service.replica.transformers_engine import TransformersEngine
@@ -107,21 +107,32 @@ class DemoModel:
         self, tensors: Tensors, edits: Sequence[EditRecord], chosen: Hparams
     ) -> dict[str, float]:
         """reliability, generalization (each by format), and locality over the unedited facts."""
+        probe = EditRecord(id="unedited", prompt="-", target="-", locality=tuple(unedited()))
+        names = formats.chosen(chosen.formats, self.tokenizer)
+        asked = self._examine(tensors, edits, formats.renderings(names, self.tokenizer))
+        kept = self._examine(tensors, [probe], formats.RAW)
+        return {**asked.metrics, "locality": kept.metrics["locality"]}
+
+    def lost(self, tensors: Tensors, edits: Sequence[EditRecord]) -> list[EditRecord]:
+        """Those that no longer hold."""
+        verdicts = self._examine(tensors, edits, formats.RAW).verdicts
+        pairs = zip(edits, verdicts, strict=True)
+        return [edit for edit, verdict in pairs if not verdict.reliable]
+
+    def _examine(
+        self, tensors: Tensors, edits: Sequence[EditRecord], renderings: formats.Renderings
+    ) -> Examination:
         self._number += 1
         version = f"v{self._number}"
         self._engine.stage(version, tensors.items())
-        probe = EditRecord(id="unedited", prompt="-", target="-", locality=tuple(unedited()))
-        names = formats.chosen(chosen.formats, self.tokenizer)
-        renderings = formats.renderings(names, self.tokenizer)
         inference: Inference = _Direct(self._engine)
 
-        async def both() -> dict[str, float]:
+        async def ask() -> Examination:
             asked = await examine(inference, version, version, edits, (), renderings)
-            kept = await examine(inference, version, version, [probe], (), formats.RAW)
             await self._engine.drop(version)
-            return {**asked.metrics, "locality": kept.metrics["locality"]}
+            return asked
 
-        return self._runner.run(both())
+        return self._runner.run(ask())
 
 
 class _Direct:

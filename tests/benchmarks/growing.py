@@ -1,9 +1,9 @@
 """An edit set that grows: ten extends of 20 edits against a rebuild after each.
 
 An extend starts from the weights before and trains its edits with a sample of earlier ones; a
-rebuild starts from the base with all. The demo model, raw prompts, batches of 10. Each extend also
-trains 10 earlier edits and 10 unedited facts at their present answers, learnt samples sitting out;
-the rebuilds train as the paper does. Both end with the same 200 edits.
+rebuild starts from the base with all. The demo model, raw prompts. Each extend also trains 10
+earlier edits, those that the extend before lost, and 20 unedited facts at their present answers;
+learnt samples sit out. The rebuilds train as the paper does. Both end with the same 200 edits.
 
     python -m tests.benchmarks.growing --json FILE
 """
@@ -20,7 +20,7 @@ from workers.contract import EditRecord
 
 EXTENDS = 10
 NEW = 20
-KEPT = 10
+REHEARSED, ANCHORED = 10, 20
 WITHIN = 3.0
 
 
@@ -28,20 +28,25 @@ def measure() -> Report:
     report = Report(f"{EXTENDS} extends of {NEW} edits against a rebuild after each: demo model")
     demo, edits = DemoModel(), two_hundred()
     plain = demo_model.hparams(formats=["raw"], batch_size=10)
-    chosen = plain.model_copy(update={"rehearsal": KEPT, "sit_out_epochs": 4})
+    changes = {"rehearsal": REHEARSED, "sit_out_epochs": 4, "batch_size": 20}
+    chosen = plain.model_copy(update=changes)
     facts = anchors(edits)
     live: Tensors = {}
+    lost: list[EditRecord] = []
     extend_s, rebuild_s, course = [], [], []
     for number in range(EXTENDS):
         earlier, new = edits[: number * NEW], edits[number * NEW :][:NEW]
         chance = random.Random(number)
         kept = chance.sample(earlier, min(chosen.rehearsal, len(earlier)))
-        samples = demo.samples(chosen, [*new, *kept], chance.sample(facts, KEPT))
+        again = [edit for edit in lost if edit not in kept]
+        anchored = chance.sample(facts, ANCHORED)
+        samples = demo.samples(chosen, [*new, *again, *kept], anchored)
         extended = demo.edit(chosen, samples, live)
         live = extended.tensors
         rebuilt = demo.edit(plain, demo.samples(plain, [*earlier, *new]), {})
         extend_s.append(extended.total_s)
         rebuild_s.append(rebuilt.total_s)
+        lost = demo.lost(live, earlier)
         held = demo.judge(live, earlier or new, chosen)
         course.append({"edits": len(earlier) + NEW, "earlier": held["reliability"], **held})
     old = edits[:-NEW]
