@@ -266,16 +266,21 @@ class Zero3Stepper:
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._loss: Tensor | None = None
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._engine.device
+        return device
+
     def losses(self, batch: Sequence[Example]) -> list[float]:
         shares = _deal(batch, self._ranks)
-        hidden_TD = self._exchange(batch, shares).to(self._engine.device)
+        hidden_TD = self._exchange(batch, shares).to(self.device)
         mine = [batch[place] for place in shares[self._rank]]
         run = mine or batch[:1]
         if not mine:
             hidden_TD = hidden_TD.new_zeros(len(run[0]), self._states.width)
-        losses_B = self._engine(hidden_TD, pack(run).to(self._engine.device))
+        losses_B = self._engine(hidden_TD, pack(run).to(self.device))
         self._loss = losses_B.sum() * (float(bool(mine)) * self._ranks / len(batch))
-        everyones = torch.zeros(len(batch), device=self._engine.device)
+        everyones = torch.zeros(len(batch), device=self.device)
         if mine:
             everyones[torch.tensor(shares[self._rank])] = losses_B.detach()
         dist.all_reduce(everyones)
@@ -295,7 +300,7 @@ class Zero3Stepper:
         share = [batch[place] for place in shares[self._rank]]
         got = [[e for e in share if e.index % self._ranks == rank] for rank in range(self._ranks)]
         flat = [example for to_rank in sent for example in to_rank]
-        device, width = self._engine.device, self._states.width
+        device, width = self.device, self._states.width
         nothing = torch.empty(0, width, dtype=self._states.dtype)
         outgoing = (self._states.of(flat) if flat else nothing).to(device)
         sizes = [sum(map(len, from_rank)) for from_rank in got]

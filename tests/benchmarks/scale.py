@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from service.client import read_jsonl
+from service.edits import fact_key
 from service.settings import DEMO_MODEL
 from tests.benchmarks.report import Report, main
 from workers import job, models
@@ -118,16 +119,15 @@ def generated(count: int) -> Sequence[EditRecord]:
                 patterns[text.replace(fact["subject"], "[X]")] = fact["relation"]
     rng = random.Random(0)
     pairs = [(subject, pattern) for pattern in patterns for subject in subjects]
-    prompts: dict[str, str] = {}
+    edits: dict[str, EditRecord] = {}
     for subject, pattern in rng.sample(pairs, len(pairs)):
-        prompts.setdefault(pattern.replace("[X]", subject), rng.choice(answers[patterns[pattern]]))
-        if len(prompts) == count:
+        prompt, target = pattern.replace("[X]", subject), rng.choice(answers[patterns[pattern]])
+        edit = EditRecord(id=f"ed_{len(edits)}", prompt=prompt, target=target)
+        edits.setdefault(fact_key(prompt), edit)
+        if len(edits) == count:
             break
-    assert len(prompts) == count, f"only {len(prompts)} prompts can be made"
-    return [
-        EditRecord(id=f"ed_{number}", prompt=prompt, target=target)
-        for number, (prompt, target) in enumerate(prompts.items())
-    ]
+    assert len(edits) == count, f"only {len(edits)} prompts can be made"
+    return list(edits.values())
 
 
 if __name__ == "__main__":
