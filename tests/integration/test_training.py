@@ -18,8 +18,6 @@ from workers.errors import (
     ArtifactError,
     BaseMismatch,
     TrainingFailed,
-    UnknownParameter,
-    WorkersError,
 )
 from workers.examples import Example
 from workers.frozen_prefix import HiddenStates, run
@@ -99,6 +97,8 @@ def request_v1(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Tra
         hparams=HPARAMS,
         edits=EDITS,
         workers=2,
+        min_workers=1,
+        checkpoint_every_s=0,
         scratch_dir=str(tmp_path_factory.mktemp("scratch")),
     )
 
@@ -118,9 +118,48 @@ def sink_into(file: Path) -> Callable[[Progress], None]:
     return sink
 
 
+def interrupting(sink: Callable[[Progress], None], folder: Path) -> Callable[[Progress], None]:
+    """Ends the run in epoch 2, kills its own rank in epoch 3 and the controller in epoch 5."""
+
+    def once(name: str) -> bool:
+        first = not (folder / name).exists()
+        (folder / name).touch()
+        return first
+
+    def interrupt(progress: Progress) -> None:
+        import os
+        import signal
+
+        import psutil
+
+        if progress.epoch == 2 and once("ended"):
+            raise RuntimeError("cancelled")
+        if progress.epoch == 3 and once("worker"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if progress.epoch == 5 and once("controller"):
+            for process in psutil.process_iter(["cmdline"]):
+                if any("TrainController" in part for part in process.info["cmdline"] or ()):
+                    process.kill()
+        sink(progress)
+
+    return interrupt
+
+
 @pytest.fixture(scope="module")
-def result_v1(request_v1: TrainRequest, progress_file: Path) -> TrainResult:
-    return job.train(request_v1, sink_into(progress_file))
+def interruptions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("interruptions")
+
+
+@pytest.fixture(scope="module")
+def result_v1(request_v1: TrainRequest, progress_file: Path, interruptions: Path) -> TrainResult:
+    """Begun with one rank and ended by its caller; begun again with two, one of which is killed,
+
+    and later the controller.
+    """
+    sink = interrupting(sink_into(progress_file), interruptions)
+    with pytest.raises(TrainingFailed, match=r"progress .*RuntimeError: cancelled"):
+        job.train(request_v1.model_copy(update={"workers": 1, "min_workers": None}), sink)
+    return job.train(request_v1, sink)
 
 
 def published(request: TrainRequest) -> Tensor:
@@ -154,6 +193,16 @@ def sample_loss(model: Any, example: Example) -> Tensor:
     return nn.functional.cross_entropy(logits, torch.tensor(example.target))
 
 
+def test_a_run_survives_its_callers_its_workers_and_its_controllers_death(
+    result_v1: TrainResult, request_v1: TrainRequest, interruptions: Path
+) -> None:
+    """And a change of the number of ranks. That it ends as if nothing had been, the next says."""
+    assert {file.name for file in interruptions.iterdir()} == {"ended", "worker", "controller"}
+    assert result_v1.resumed_steps >= 12
+    assert not (Path(request_v1.version_store) / "checkpoints" / request_v1.job_id).exists()
+    assert not (Path(request_v1.scratch_dir) / request_v1.job_id).exists()
+
+
 def test_two_ranks_equal_a_plain_loop(
     result_v1: TrainResult, request_v1: TrainRequest, samples: list[Example]
 ) -> None:
@@ -181,10 +230,13 @@ def test_each_rank_wrote_its_own_slice(result_v1: TrainResult, request_v1: Train
 
 def test_progress_was_told_at_each_epochs_end(result_v1: TrainResult, progress_file: Path) -> None:
     told = [Progress(**json.loads(line)) for line in progress_file.read_text().splitlines()]
-    ends = [entry for entry in told if entry.edits_done == len(EDITS)]
-    assert [entry.epoch for entry in ends] == list(range(1, 8))
-    assert [entry.loss for entry in ends] == pytest.approx(list(result_v1.epoch_losses))
-    assert ends[-1].seconds_left == 0
+    ends = {entry.epoch: entry for entry in told if entry.edits_done == len(EDITS)}
+    losses = dict(enumerate(result_v1.epoch_losses, start=1))
+    assert {epoch: entry.loss for epoch, entry in ends.items()} == {
+        epoch: pytest.approx(losses[epoch], abs=1e-5) for epoch in ends
+    }
+    assert {1, 4, 6, 7} <= set(ends)
+    assert ends[7].seconds_left == 0
     assert {"load", "prefix", "train", "write", "total"} == set(result_v1.seconds)
 
 
@@ -229,77 +281,10 @@ def test_bfloat16_from_a_parent(
     assert (manifest.parent_id, manifest.tensors[0].dtype) == ("v1", "bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        (
-            {
-                "hparams": HPARAMS.model_copy(update={"parameters": ("model.layers.9",)}),
-                "workers": 1,
-            },
-            UnknownParameter,
-            r"^hparams\.parameters: the model has no 'model\.layers\.9'; close to it: [^\n]*$",
-        ),
-        (
-            {"base_fingerprint": "sha256:other"},
-            BaseMismatch,
-            r"^the job is for the base model sha256:other, [^\n]*$",
-        ),
-    ],
-    ids=["on every rank", "on one rank of two"],
-)
-def test_a_failing_run_says_what_was_wrong(
-    request_v1: TrainRequest,
-    changes: dict[str, Any],
-    error: type[WorkersError],
-    message: str,
-) -> None:
-    request = request_v1.model_copy(update={"job_id": "job_3", "version_id": "v3", **changes})
-    with pytest.raises(error, match=message):
-        job.train(request)
-    assert not artifact.exists(request.version_store, "v3")
-
-
-def interrupting(folder: Path) -> Callable[[Progress], None]:
-    """Ends the run in epoch 2, kills its own rank in epoch 3 and the controller in epoch 5."""
-
-    def once(name: str) -> bool:
-        first = not (folder / name).exists()
-        (folder / name).touch()
-        return first
-
-    def sink(progress: Progress) -> None:
-        import os
-        import signal
-
-        import psutil
-
-        if progress.epoch == 2 and once("ended"):
-            raise RuntimeError("cancelled")
-        if progress.epoch == 3 and once("worker"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if progress.epoch == 5 and once("controller"):
-            for process in psutil.process_iter(["cmdline"]):
-                if any("TrainController" in part for part in process.info["cmdline"] or ()):
-                    process.kill()
-
-    return sink
-
-
-def test_a_run_survives_its_callers_its_workers_and_its_controllers_death(
-    result_v1: TrainResult, request_v1: TrainRequest, tmp_path: Path
-) -> None:
-    """And a change of the number of ranks; it ends as if nothing had been."""
-    changes = {"job_id": "job_4", "version_id": "v4", "checkpoint_every_s": 0, "workers": 1}
-    request = request_v1.model_copy(update=changes)
-    sink = interrupting(tmp_path)
-    with pytest.raises(TrainingFailed, match=r"progress .*RuntimeError: cancelled"):
-        job.train(request, sink)
-    request = request.model_copy(update={"workers": 2, "min_workers": 1})
-    result = job.train(request, sink)
-    assert {file.name for file in tmp_path.iterdir()} == {"ended", "worker", "controller"}
-    assert result.resumed_steps >= 12
-    assert (result.epochs, result.steps) == (7, 21)
-    assert result.epoch_losses == pytest.approx(result_v1.epoch_losses, abs=1e-5)
-    torch.testing.assert_close(published(request), published(request_v1), atol=1e-5, rtol=0)
-    assert not (Path(request.version_store) / "checkpoints" / "job_4").exists()
+def test_a_failing_run_says_what_was_wrong(request_v1: TrainRequest) -> None:
+    """On one rank of two: the other one only loses its connection."""
+    changes = {"job_id": "job_3", "version_id": "v3", "base_fingerprint": "sha256:other"}
+    message = r"^the job is for the base model sha256:other, [^\n]*$"
+    with pytest.raises(BaseMismatch, match=message):
+        job.train(request_v1.model_copy(update=changes))
+    assert not artifact.exists(request_v1.version_store, "v3")

@@ -1,12 +1,12 @@
 """A run's checkpoints: written by some ranks, read by any other number; the newest good one."""
 
-import resource
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.disk import full
 from workers import checkpoint
 from workers.checkpoint import Piece
 from workers.errors import ArtifactError, DigestMismatch, TrainingFailed
@@ -62,13 +62,9 @@ def test_only_the_newest_is_kept_and_an_unfinished_one_is_not_seen(tmp_path: Pat
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     save(tmp_path, state(2), WEIGHT)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
-    try:
-        with pytest.raises(TrainingFailed, match=r"checkpoint cannot be written .*needs room"):
-            save(tmp_path, state(3), WEIGHT)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = r"checkpoint cannot be written .*needs room"
+    with full(50), pytest.raises(TrainingFailed, match=message):
+        save(tmp_path, state(3), WEIGHT)
     saved = checkpoint.newest(str(tmp_path), JOB)
     assert saved is not None
     assert torch.equal(saved.read("w.master", 0, 35), WEIGHT.flatten())

@@ -1,27 +1,17 @@
 """The prefix's cache: in memory, in a file, and without room; what counts as below."""
 
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.disk import full
 from workers.errors import BadHparams, TrainingFailed
 from workers.examples import Example
 from workers.frozen_prefix import HiddenStates, depth_of
 
 SAMPLES = [Example(index, str(index), (1,) * (2 + index), (3, 4)) for index in (0, 2, 5)]
 WIDTH = 16
-
-
-@pytest.fixture
-def _no_room() -> Iterator[None]:
-    """No file of this process may grow beyond 100 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(("budget", "in_file"), [(1 << 20, False), (0, True)])
@@ -40,9 +30,9 @@ def test_samples_come_back_in_any_order(
     assert not (tmp_path / "new" / "cache").exists()
 
 
-@pytest.mark.usefixtures("_no_room")
 def test_a_full_disk_is_a_clear_error_and_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(TrainingFailed, match=r"hidden states need \d+ bytes in .*free some space"):
+    message = r"hidden states need \d+ bytes in .*free some space"
+    with full(100), pytest.raises(TrainingFailed, match=message):
         HiddenStates(SAMPLES, WIDTH, torch.float32, 0, tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 
