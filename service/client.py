@@ -1,11 +1,12 @@
 """The HTTP client behind the command line and the demo; problems become exceptions."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from workers.json_lines import numbered
 
 JSON = dict[str, Any]
 
@@ -101,19 +102,8 @@ class Client:
 
 
 def read_jsonl(path: Path) -> list[JSON]:
-    """The objects of a file with one a line; raises `ValueError` naming the bad line."""
-    items: list[JSON] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(item, dict):
-            raise ValueError(f"{path}, line {number}: an object was expected")
-        items.append(item)
-    return items
+    """The objects of a file with one a line; raises `BadLine` naming the bad line."""
+    return [item for _, item in numbered(path)]
 
 
 def _problem(response: httpx.Response) -> ApiError:

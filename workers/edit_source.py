@@ -1,6 +1,5 @@
 """Edits out of a file, and a sample of them with unrelated prompts. Torch-free; asks nothing."""
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pydantic import ValidationError
 
 from workers.benchmark_sets import BadBenchmarkSet, BenchmarkSet
 from workers.contract import EditRecord, LocalityProbe, Record
+from workers.json_lines import numbered
 
 _EDIT_FIELDS = ("prompt", "target", "subject", "rephrases", "locality")
 
@@ -19,11 +19,11 @@ Parsed = TypeVar("Parsed", bound=Record)
 def read_edits(source: str) -> list[EditRecord]:
     """The edits of a file as `errata edits submit` takes it, or of a benchmark set.
 
-    Raises `BadBenchmarkSet` naming the line, or what is wrong with the set.
+    Raises `BadLine` or `BadBenchmarkSet` naming the line, or what is wrong with the set.
     """
     path = Path(source).expanduser()
     if path.suffix == ".jsonl" and path.is_file():
-        items = _objects(path)
+        items = numbered(path)
         if not items:
             raise BadBenchmarkSet(f"{source} holds no edits; name a file that does")
         if {"prompt", "target"} <= items[0][1].keys():
@@ -34,13 +34,13 @@ def read_edits(source: str) -> list[EditRecord]:
 def read_probes(path: Path) -> list[LocalityProbe]:
     """Unrelated prompts: a file with one JSON object a line, as {"prompt": …}.
 
-    Raises `BadBenchmarkSet` naming the line.
+    Raises `BadLine` or `BadBenchmarkSet` naming the line.
     """
     if not path.is_file():
         raise BadBenchmarkSet(f"{path}: no such file")
     return [
         _parsed(LocalityProbe, path, number, {"prompt": item.get("prompt")})
-        for number, item in _objects(path)
+        for number, item in numbered(path)
     ]
 
 
@@ -68,22 +68,6 @@ def with_unrelated(
         )
         for place, edit in enumerate(edits)
     ]
-
-
-def _objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """With their line numbers."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadBenchmarkSet(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(item, dict):
-            raise BadBenchmarkSet(f"{path}, line {number}: an object was expected")
-        found.append((number, item))
-    return found
 
 
 def _edit(path: Path, number: int, item: dict[str, Any]) -> EditRecord:

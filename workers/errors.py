@@ -4,6 +4,7 @@ WorkersError
 ├── UnsupportedModel     the base model is not there, or not one that can be edited
 ├── UnknownParameter     a name to tune that the model does not have
 ├── BadHparams           hyperparameters that do not hold
+├── BadLine              a line of a file that is not a JSON object
 ├── TrainingFailed       the run failed: a bad example, a loss that is not a number, a lost worker
 └── ArtifactError        a version in the store cannot be written or trusted
     ├── ManifestMissing  no manifest, so no version
@@ -30,6 +31,9 @@ class UnknownParameter(WorkersError): ...
 
 
 class BadHparams(WorkersError): ...
+
+
+class BadLine(WorkersError): ...
 
 
 class TrainingFailed(WorkersError): ...

@@ -20,7 +20,7 @@ def select(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
         if not found:
             raise UnknownParameter(
                 f"hparams.parameters: the model has no {entry!r}; "
-                f"close to it: {_close(entry, known)}"
+                f"close to it: {_close(entry, known)}; {_there(entry, known)}"
             )
         chosen.update(found)
     return [name for name in known if name in chosen]
@@ -28,3 +28,14 @@ def select(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
 
 def _close(entry: str, known: Sequence[str]) -> str:
     return ", ".join(difflib.get_close_matches(entry, known, n=3, cutoff=0.0))
+
+
+def _there(entry: str, known: Sequence[str]) -> str:
+    """What the model does have where `entry` leaves what there is."""
+    parts = entry.split(".")
+    for length in reversed(range(len(parts))):
+        stem = "".join(f"{part}." for part in parts[:length])
+        below = [name[len(stem) :].split(".")[0] for name in known if name.startswith(stem)]
+        if below:
+            break
+    return f"{stem.rstrip('.') or 'the model'} has {', '.join(dict.fromkeys(below))}"

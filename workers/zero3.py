@@ -5,7 +5,6 @@ is imported in the functions, never with this module: imported in a Ray driver i
 pickling. Shapes: T tokens, D hidden size, B samples.
 """
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,7 +148,6 @@ def open_model(
     # Used in inference only, yet compiled at start: a minute, and a compiler that may not be there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _require_nvme(offload)
-    importlib.import_module("torch._dynamo.polyfills.loader")
     architecture = getattr(transformers, facts.architecture)
     model_config = transformers.AutoConfig.from_pretrained(facts.path)
     with torch.device("meta"):

@@ -8,10 +8,7 @@ the whole run with the frozen prefix's single pass in it.
 """
 
 import statistics
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,13 +16,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from service.client import read_jsonl
 from service.settings import DEMO_MODEL
-from tests.benchmarks import plain_loop
-from tests.benchmarks.plain_loop import Run
+from tests.benchmarks import fast_loop, plain_loop
 from tests.benchmarks.report import Report, main
-from workers import examples, frozen_prefix, locft
+from workers import examples
 from workers.contract import EditRecord, Hparams
 from workers.examples import Example
-from workers.locft import State
 
 TARGETS = {17: 5.0, 5: 2.5}
 EPOCHS = 3
@@ -58,7 +53,7 @@ def compare(report: Report, samples: Sequence[Example], layer: int, target: floa
         loss_threshold=0.0,
     )
     plain = plain_loop.train(model(), samples, hparams)
-    ours = fast(model(), samples, hparams, layer)
+    ours = fast_loop.train(model(), samples, hparams, layer)
     ratio = statistics.median(plain.seconds) / statistics.median(ours.seconds)
     worst = max(abs(a - b) / a for a, b in zip(plain.losses, ours.losses, strict=True))
     report.add(f"layer {layer}: plain epoch", statistics.median(plain.seconds), "s")
@@ -84,39 +79,6 @@ def model() -> Any:
         max_position_embeddings=1024,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def fast(model: Any, samples: Sequence[Example], hparams: Hparams, depth: int) -> Run:
-    """The project's own loop, in one process."""
-    run = Run()
-    began = time.perf_counter()
-    with TemporaryDirectory() as folder:
-        states = frozen_prefix.HiddenStates(
-            samples, model.config.hidden_size, model.dtype, 1 << 30, Path(folder) / "prefix"
-        )
-        frozen_prefix.run(model.get_decoder(), depth, samples, states)
-        run.prefix_s = time.perf_counter() - began
-        stepper = locft.LocalStepper(model, hparams, depth, states)
-        clock = Clock(run)
-        run.epoch_losses = list(locft.train(samples, hparams, stepper, clock).epoch_losses)
-    return run
-
-
-class Clock:
-    """Batch losses and epoch seconds, out of the loop's states."""
-
-    def __init__(self, run: Run) -> None:
-        self._run, self._before = run, State()
-        self._began = time.perf_counter()
-
-    def __call__(self, state: State) -> None:
-        before = self._before if self._before.epoch == state.epoch else State()
-        seen = state.samples - before.samples
-        self._run.losses.append((state.loss_sum - before.loss_sum) / seen)
-        self._before = state
-        if state.epoch_ended:
-            self._run.seconds.append(time.perf_counter() - self._began)
-            self._began = time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.benchmarks import edit_speed
+from tests.benchmarks import edit_speed, fast_loop
 from tests.benchmarks.plain_loop import Run
 from tests.benchmarks.report import Report, main
 from workers import frozen_prefix, locft, models, zero3
@@ -51,7 +51,7 @@ def measure() -> Report:
         path = Path(folder) / "model"
         save(path)
         torch.set_num_threads(2)
-        alone = edit_speed.fast(edit_speed.model(), samples, HPARAMS, LAYER)
+        alone = fast_loop.train(edit_speed.model(), samples, HPARAMS, LAYER)
         cached = two_ranks(Path(folder), path, samples, LAYER)
         uncached = two_ranks(Path(folder), path, samples, 0)
         compare(report, alone, cached, uncached)
@@ -93,7 +93,7 @@ def rank_main(
     zero3.fill_prefix(opened, mine, states)
     run.prefix_s = time.perf_counter() - began
     stepper = zero3.Zero3Stepper(opened.suffix(), opened, HPARAMS, states)
-    clock, start = edit_speed.Clock(run), loopback_bytes()
+    clock, start = fast_loop.Clock(run), loopback_bytes()
 
     def watch(state: locft.State) -> None:
         clock(state)

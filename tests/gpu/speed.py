@@ -14,25 +14,20 @@ model. Needs torch, transformers and what DeepSpeed brings along; neither Ray no
 """
 
 import statistics
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from tests.benchmarks import plain_loop
+from tests.benchmarks import fast_loop, plain_loop
 from tests.benchmarks.plain_loop import Run
 from tests.benchmarks.report import Report
 from tests.gpu import device as on
 from tests.gpu import samples, shapes
-from workers import frozen_prefix, locft
 from workers.contract import Hparams
 from workers.examples import Example
-from workers.locft import State
 
 SMALL = "python -m tests.gpu.speed --shape tiny --edits 40 --batch-size 10 --device cpu"
 
@@ -82,7 +77,7 @@ def measure(chosen: Namespace, device: torch.device) -> Report:
     read = [len(sample) for sample in edits]
     report.details["tokens read per sample"] = {"mean": statistics.mean(read), "max": max(read)}
     _warm_up(model, edits, hparams)
-    ours = _side(model, hparams, lambda: _ours(model, edits, hparams, chosen.layer))
+    ours = _side(model, hparams, lambda: fast_loop.train(model, edits, hparams, chosen.layer))
     half = _side(model, hparams, lambda: plain_loop.train(model, edits, hparams))
     model.float()
     plain = _side(model, hparams, lambda: plain_loop.train(model, edits, hparams))
@@ -108,40 +103,6 @@ def _side(model: Any, hparams: Hparams, run: Callable[[], Run]) -> Side:
         weight.copy_(before)
     weight.grad = None
     return side
-
-
-def _ours(model: Any, edits: Sequence[Example], hparams: Hparams, depth: int) -> Run:
-    run, device = Run(), model.device
-    began = time.perf_counter()
-    with TemporaryDirectory() as folder:
-        states = frozen_prefix.HiddenStates(
-            edits, model.config.hidden_size, model.dtype, 8 << 30, Path(folder) / "prefix"
-        )
-        frozen_prefix.run(model.get_decoder(), depth, edits, states, device=device)
-        run.prefix_s = time.perf_counter() - began
-        stepper = locft.LocalStepper(model, hparams, depth, states)
-        ended = locft.train(edits, hparams, stepper, _Clock(run))
-        run.epoch_losses = list(ended.epoch_losses)
-        states.close()
-    return run
-
-
-class _Clock:
-    """Batch losses and epoch seconds, out of the loop's states."""
-
-    def __init__(self, run: Run) -> None:
-        self._run, self._before = run, State()
-        self._began = time.perf_counter()
-
-    def __call__(self, state: State) -> None:
-        before = self._before if self._before.epoch == state.epoch else State()
-        seen = state.samples - before.samples
-        self._run.losses.append((state.loss_sum - before.loss_sum) / seen)
-        self._before = state
-        if state.epoch_ended:
-            now = time.perf_counter()
-            self._run.seconds.append(now - self._began)
-            self._began = now
 
 
 def compare(report: Report, ours: Side, half: Side, plain: Side, device: torch.device) -> None:

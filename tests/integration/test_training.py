@@ -257,12 +257,19 @@ def test_a_version_of_another_job_is_not_taken_over(
         job.train(request_v1.model_copy(update={"job_id": "job_9"}))
 
 
-def test_bfloat16_from_a_parent(
+def test_bfloat16_from_a_parent_with_weights_and_cache_out_of_the_way(
     result_v1: TrainResult, request_v1: TrainRequest, samples: list[Example]
 ) -> None:
     hparams = HPARAMS.model_copy(update={"dtype": "bfloat16", "learning_rate": 1e-3})
     request = request_v1.model_copy(
-        update={"job_id": "job_2", "version_id": "v2", "parent_id": "v1", "hparams": hparams}
+        update={
+            "job_id": "job_2",
+            "version_id": "v2",
+            "parent_id": "v1",
+            "hparams": hparams,
+            "offload": "cpu",
+            "cache_budget_bytes": 0,
+        }
     )
     result = job.train(request)
 

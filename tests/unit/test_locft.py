@@ -90,6 +90,13 @@ def test_an_unknown_name_is_refused_with_close_ones(wanted: str) -> None:
         select(NAMES, [wanted])
 
 
+def test_what_the_model_has_instead_is_listed() -> None:
+    with pytest.raises(UnknownParameter, match=r"model\.layers has 2, 20$"):
+        select(NAMES, ["model.layers.7.mlp"])
+    with pytest.raises(UnknownParameter, match=r"model\.layers\.2\.mlp has down_proj$"):
+        select(NAMES, ["model.layers.2.mlp.up_proj.weight"])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_only_the_selected_tensor_changes(
     make_model: MakeModel, samples: list[Example], dtype: str
