@@ -5,6 +5,7 @@ ErrataError
 ├── NotFound            no such edit, job, version, model              404
 ├── Conflict            the request contradicts the present state      409
 ├── Unavailable         cannot be served now; try again later          503
+│   └── VersionUnavailable  this replica cannot hold the version now   503
 ├── ConfigurationError  the service cannot start as configured         500
 └── VersionRejected     a version failed verification                  409
 
@@ -44,6 +45,9 @@ class Conflict(ErrataError): ...
 
 
 class Unavailable(ErrataError): ...
+
+
+class VersionUnavailable(Unavailable): ...
 
 
 class ConfigurationError(ErrataError): ...

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workers.contract import Offload
@@ -29,6 +29,15 @@ class Settings(BaseSettings):
     """fsspec URL; none: under the data directory."""
 
     replicas: int = Field(default=2, ge=1)
+    """Inference replicas at the start, and always unless `replicas_min` or `replicas_max` is set."""
+    replicas_min: int | None = Field(default=None, ge=0)
+    """Autoscaling: the fewest replicas; 0 lets an idle service go without any."""
+    replicas_max: int | None = Field(default=None, ge=1)
+    """Autoscaling: the most replicas."""
+    replica_queries: float = Field(default=16.0, gt=0)
+    """Autoscaling: queries in flight that a replica should have."""
+    scale_down_after_s: float = Field(default=300.0, ge=0)
+    """Autoscaling: with too few queries for so long, a replica is ended."""
     api_replicas: int = Field(default=1, ge=1)
     train_workers: int = Field(default=2, ge=1)
     """Training ranks, at most."""
@@ -51,14 +60,28 @@ class Settings(BaseSettings):
 
     resident_versions: int = Field(default=4, ge=2)
     """How many versions a replica holds beside the base."""
+    resident_gb: float | None = Field(default=None, gt=0)
+    """Memory in GiB for the versions a replica holds beside the base; none: bounded by number."""
+    version_cache_gb: float = Field(default=50.0, gt=0)
+    """Disk in GiB, per node, for versions downloaded from a store that is not a local folder."""
+    fetch_timeout_s: float = Field(default=60.0, gt=0)
+    """One attempt to read a file of the version store takes at most so long."""
+    fetch_attempts: int = Field(default=4, ge=1)
+    """How often a file of the version store is asked for before its version counts as away."""
     replica_threads: int = Field(default=1, ge=1)
     """CPU threads a replica computes with."""
     kv_tokens: int = Field(default=8192, ge=256)
-    """KV cache of each version that has requests, in tokens; also bounds prompt plus answer."""
+    """KV cache of a replica, in tokens, shared by its versions; also bounds prompt plus answer."""
     max_new_tokens: int = Field(default=512, ge=1)
     """The most tokens one completion may ask for."""
     stage_timeout_s: float = Field(default=60.0, gt=0)
     """A replica that has not acknowledged by then is fenced."""
+    gate_edits: int = Field(default=20, ge=0)
+    """Before a version is first committed, so many of its edits, drawn anew, are asked of it."""
+    gate_reliability: float = Field(default=0.9, ge=0, le=1)
+    """The share of those that must be answered with their target; else the version is rejected."""
+    gate_prompts: Path | None = None
+    """Prompts whose answers no version may change, else it is rejected: as in `anchors`."""
     heartbeat_s: float = Field(default=1.0, gt=0)
     lease_s: float = Field(default=10.0, gt=0)
     """A replica whose heartbeat is older is not live."""
@@ -76,12 +99,29 @@ class Settings(BaseSettings):
             raise ValueError(f"{value} is more than train_workers, {most}; lower it or raise those")
         return value
 
-    @field_validator("anchors")
+    @model_validator(mode="after")
+    def _replicas_in_range(self) -> "Settings":
+        least, most = self.replica_range
+        if not least <= self.replicas <= most:
+            raise ValueError(
+                f"replicas is {self.replicas}, but replicas_min to replicas_max is {least} to "
+                f"{most}; choose a number between them"
+            )
+        return self
+
+    @field_validator("anchors", "gate_prompts")
     @classmethod
     def _is_a_file(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_file():
             raise ValueError(f"{value} is not a file; name one with prompts, or none")
         return value
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """The fewest and the most inference replicas."""
+        least = self.replicas if self.replicas_min is None else self.replicas_min
+        most = self.replicas if self.replicas_max is None else self.replicas_max
+        return least, most
 
     @property
     def train_cache_bytes(self) -> int:
