@@ -29,7 +29,7 @@ class Settings(BaseSettings):
     """fsspec URL; none: under the data directory."""
 
     replicas: int = Field(default=2, ge=1)
-    """Inference replicas at the start, and always unless `replicas_min` or `replicas_max` is set."""
+    """Inference replicas at the start; always, unless `replicas_min` or `replicas_max` is set."""
     replicas_min: int | None = Field(default=None, ge=0)
     """Autoscaling: the fewest replicas; 0 lets an idle service go without any."""
     replicas_max: int | None = Field(default=None, ge=1)
