@@ -59,11 +59,12 @@ async def settle(
     held = [verdict.edit_id for verdict in verdicts if verdict.reliable]
     lost = [verdict.edit_id for verdict in verdicts if not verdict.reliable]
     applied = [edit_id for edit_id in held if edit_id not in kept]
+    anew = set(applied)
     await _settle_claimed(conn, version_id, applied, [e for e in lost if e not in kept])
     await _settle_kept(
         conn, version_id, [e for e in held if e in kept], [e for e in lost if e in kept]
     )
-    facts = [link.fact for link in links if link.edit_id in set(applied)]
+    facts = [link.fact for link in links if link.edit_id in anew]
     await move(
         conn,
         EditState.APPLIED,

@@ -1,15 +1,21 @@
 """The connection to PostgreSQL: transactions, notifications, and what to say when it is away.
 
-Knows nothing about tables. Every way in raises `Unavailable` when the server cannot be reached.
+Knows nothing about tables. Every way in raises `Unavailable` when the server cannot be reached,
+and none waits for ever for a server that has stopped answering.
 """
 
 import asyncio
 import logging
+import os
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import RV, PQGen
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -23,6 +29,10 @@ _CONNECT = {
     "keepalives_interval": "5",
     "keepalives_count": "3",
 }
+ANSWER_S = 8.0
+"""A statement that takes longer is given up, its server taken for away."""
+CHECK_S = 5.0
+"""How often a connection that only listens is asked whether it still is one, and for how long."""
 _RECONNECT_S = 0.5
 # Classes 08 (connection), 53 (too many of them) and 57 (shutdown, crash, starting up).
 _AWAY = ("08", "53", "57P")
@@ -52,12 +62,46 @@ def with_timeouts(url: URL) -> URL:
     return url.update_query_dict({name: v for name, v in _CONNECT.items() if name not in url.query})
 
 
-async def connect(url: URL) -> psycopg.AsyncConnection[tuple[object, ...]]:
+class Connection(psycopg.AsyncConnection[tuple[object, ...]]):
+    """Ends itself when the server has not answered within `answer_s`: whoever waits gets an error.
+
+    A server that is frozen, or cut off without a word, takes what is sent and says nothing; the
+    driver would wait for ever, and so would its way of cancelling, which asks the server.
+    """
+
+    answer_s = ANSWER_S
+
+    async def wait(
+        self,
+        gen: PQGen[RV],
+        interval: float = 0.1,
+        timeout: float | None = None,  # noqa: ASYNC109  # the driver's own signature
+    ) -> RV:
+        """As the driver's own; `timeout` is of those that expect to wait."""
+        if timeout is not None:
+            return await super().wait(gen, interval, timeout)
+        hang_up = asyncio.get_running_loop().call_later(self.answer_s, self._hang_up)
+        try:
+            return await super().wait(gen, interval)
+        finally:
+            hang_up.cancel()
+
+    def _hang_up(self) -> None:
+        log.warning("no answer from the database within %g s; hanging up", self.answer_s)
+        with socket.socket(fileno=os.dup(self.fileno())) as own:
+            own.shutdown(socket.SHUT_RDWR)
+
+
+async def connect(url: URL, answer_s: float) -> Connection:
     """A connection outside any pool, in autocommit mode; `psycopg.OperationalError` if it fails."""
     conninfo = with_timeouts(url).set(drivername="postgresql")
-    return await psycopg.AsyncConnection.connect(
-        conninfo.render_as_string(hide_password=False), autocommit=True
-    )
+    return await _connect(answer_s, conninfo.render_as_string(hide_password=False), autocommit=True)
+
+
+async def _connect(answer_s: float, *args: Any, **options: Any) -> Connection:
+    conn = await Connection.connect(*args, **options)
+    conn.answer_s = answer_s
+    return conn
 
 
 def is_away(error: DBAPIError | psycopg.Error) -> bool:
@@ -84,14 +128,16 @@ def cannot_connect(url: URL, error: DBAPIError | psycopg.Error) -> Configuration
 class Database:
     """A pool of connections to one database, bound to the event loop that first uses it."""
 
-    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+    def __init__(self, url: str, *, pool_size: int = 10, answer_s: float = ANSWER_S) -> None:
+        """`answer_s` bounds each statement: higher for who runs long ones."""
         self._url = parse_url(url)
         self._engine = create_async_engine(
             with_timeouts(self._url),
+            connect_args={"async_creator_fn": partial(_connect, answer_s)},
             pool_pre_ping=True,
             pool_size=pool_size,
             max_overflow=0,
-            pool_timeout=10,
+            pool_timeout=5,
             # Of INSERTs, too: several queries ask how many rows they wrote.
             execution_options={"preserve_rowcount": True},
         )
@@ -124,11 +170,13 @@ class Database:
             await asyncio.sleep(_RECONNECT_S)
 
     async def _listen_once(self, channel: str) -> AsyncGenerator[str]:
-        async with await connect(self._url) as conn:
+        async with await connect(self._url, CHECK_S) as conn:
             await conn.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
-            async with aclosing(conn.notifies()) as notifications:
-                async for notification in notifications:
-                    yield notification.payload
+            while True:
+                async with aclosing(conn.notifies(timeout=CHECK_S)) as notifications:
+                    async for notification in notifications:
+                        yield notification.payload
+                await conn.execute("SELECT 1")
 
     async def dispose(self) -> None:
         """Close every pooled connection."""

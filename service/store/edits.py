@@ -6,10 +6,10 @@ Every change of state is an UPDATE guarded by the state before, checked against
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Row, func, insert, or_, select
+from sqlalchemy import Interval, Row, func, insert, or_, select, type_coerce
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.edits import Edit, EditEvent, EditState, NewEdit, fact_key
@@ -32,7 +32,7 @@ __all__ = [
     "history",
     "of_job",
     "of_row",
-    "oldest_queued_at",
+    "oldest_queued_age",
     "page",
     "release",
     "settle",
@@ -51,10 +51,10 @@ async def add(conn: AsyncConnection, new: Sequence[NewEdit]) -> list[Edit]:
     await _lock_facts(conn, facts)
     latest = await _supersede_queued(conn, facts)
     last = {fact: place for place, fact in enumerate(facts)}
+    # A later edit of a fact has the greater id: `give_back` tells them apart by that.
+    ids = await new_ids(conn, "ed", len(new), after=max(latest.values(), default=None))
     rows = []
-    for place, (edit_id, fact, edit) in enumerate(
-        zip(new_ids("ed", len(new)), facts, new, strict=True)
-    ):
+    for place, (edit_id, fact, edit) in enumerate(zip(ids, facts, new, strict=True)):
         state = EditState.QUEUED if last[fact] == place else EditState.SUPERSEDED
         rows.append(_new_row(edit_id, fact, edit, state, latest.get(fact)))
         latest[fact] = edit_id
@@ -62,7 +62,6 @@ async def add(conn: AsyncConnection, new: Sequence[NewEdit]) -> list[Edit]:
     await conn.execute(
         insert(edit_events), [{"edit_id": row["id"], "state": row["state"]} for row in rows]
     )
-    ids = [row["id"] for row in rows]
     stored = await conn.execute(select(edits).where(among(edits.c.id, ids)).order_by(edits.c.id))
     return [of_row(row) for row in stored]
 
@@ -126,9 +125,10 @@ async def count(conn: AsyncConnection, state: EditState) -> int:
     return int((await conn.execute(query)).scalar_one())
 
 
-async def oldest_queued_at(conn: AsyncConnection) -> datetime | None:
-    """When the edit that has waited longest was stored."""
-    query = select(edits.c.created_at).where(edits.c.state == EditState.QUEUED)
+async def oldest_queued_age(conn: AsyncConnection) -> timedelta | None:
+    """How long the edit that has waited longest has waited, by the database's clock."""
+    age = type_coerce(func.now() - edits.c.created_at, Interval)
+    query = select(age).where(edits.c.state == EditState.QUEUED)
     return (await conn.execute(query.order_by(edits.c.id).limit(1))).scalar_one_or_none()
 
 

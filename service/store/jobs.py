@@ -39,7 +39,7 @@ async def create(
     any_edit = select(edits.c.id).where(edits.c.state.in_(useful)).limit(1)
     if (await conn.execute(any_edit)).first() is None:
         raise Conflict("no queued edits: POST /edits first")
-    (job_id,) = new_ids("job", 1)
+    (job_id,) = await new_ids(conn, "job", 1)
     row = await conn.execute(
         insert(jobs)
         .values(

@@ -6,11 +6,16 @@ import logging
 import psycopg
 
 from service.errors import Unavailable
-from service.store.database import connect, parse_url
+from service.store.database import Connection, connect, parse_url
 
 COORDINATOR = 0x4C454144  # "LEAD"
-_CHECK_S = 5.0
+CHECK_S = 5.0
+"""A lock whose connection does not answer within this time is taken for lost."""
 _RETRY_S = 1.0
+# The server must notice, too, that a leader was cut off, or its lock would stay.
+_KEEPALIVE = (
+    "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 2"
+)
 
 log = logging.getLogger(__name__)
 
@@ -21,31 +26,49 @@ class Leadership:
     def __init__(self, url: str, key: int = COORDINATOR) -> None:
         self._url = parse_url(url)
         self._key = key
-        self._conn: psycopg.AsyncConnection[tuple[object, ...]] | None = None
+        self._conn: Connection | None = None
 
     async def try_acquire(self) -> bool:
         """Take the lock if it is free; `Unavailable` if the database cannot be reached."""
-        return await self._lock("SELECT pg_try_advisory_lock(%s)")
+        if await self.held():
+            return True
+        try:
+            conn = await connect(self._url, CHECK_S)
+        except psycopg.OperationalError as error:
+            raise Unavailable(f"cannot lead: {error}") from error
+        try:
+            await conn.execute(_KEEPALIVE)
+            lock = await conn.execute("SELECT pg_try_advisory_lock(%s)", (self._key,))
+            if await lock.fetchone() == (True,):
+                self._conn = conn
+        except psycopg.OperationalError as error:
+            raise Unavailable(f"cannot lead: {error}") from error
+        finally:
+            if self._conn is not conn:
+                await conn.close()
+        return self._conn is conn
 
     async def acquire(self) -> None:
-        """Wait for the lock, and for the database if it cannot be reached."""
+        """Wait for the lock, and for the database if it cannot be reached.
+
+        By asking again: one that waits in the server would be given the lock there even after its
+        connection is gone.
+        """
         while True:
             try:
-                await self._lock("SELECT true FROM (SELECT pg_advisory_lock(%s)) AS locked")
+                if await self.try_acquire():
+                    return
             except Unavailable as error:
                 log.warning("%s; trying again", error)
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return
+            await asyncio.sleep(_RETRY_S)
 
     async def held(self) -> bool:
-        """Whether the lock is still ours: its connection answers."""
+        """Whether the lock is still ours: its connection answers, within 5 s."""
         if self._conn is None:
             return False
         try:
-            async with asyncio.timeout(_CHECK_S):
-                await self._conn.execute("SELECT 1")
-        except (psycopg.Error, TimeoutError):
+            await self._conn.execute("SELECT 1")
+        except psycopg.Error:
             await self.release()
             return False
         return True
@@ -55,21 +78,3 @@ class Leadership:
         conn, self._conn = self._conn, None
         if conn is not None:
             await conn.close()
-
-    async def _lock(self, statement: str) -> bool:
-        if await self.held():
-            return True
-        try:
-            conn = await connect(self._url)
-        except psycopg.OperationalError as error:
-            raise Unavailable(f"cannot lead: {error}") from error
-        try:
-            locked = await (await conn.execute(statement, (self._key,))).fetchone()
-            if locked and locked[0]:
-                self._conn = conn
-        except psycopg.OperationalError as error:
-            raise Unavailable(f"cannot lead: {error}") from error
-        finally:
-            if self._conn is not conn:
-                await conn.close()
-        return self._conn is conn

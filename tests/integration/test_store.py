@@ -1,8 +1,10 @@
 """The store's promises about edits and jobs, on a real PostgreSQL and under concurrency."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from service.errors import ConfigurationError, Conflict, InvalidInput, NotFound
 from service.jobs import Job, JobKind, JobState
 from service.store import edits, idempotency, jobs, versions
 from service.store.database import Database
+from service.store.ids import new_ids
 from service.versions import Verdict, Version
 from workers.contract import LocalityProbe, Progress
 
@@ -107,6 +110,48 @@ async def test_a_later_edit_of_a_queued_fact_supersedes_it(database: Database) -
         assert [e.state for e in await edits.history(conn, first.id)] == ["queued", "superseded"]
 
 
+async def test_ids_only_grow(database: Database) -> None:
+    async with database.transaction() as conn:
+        ids = [one for _ in range(20) for one in await new_ids(conn, "ed", 20)]
+        (later,) = await new_ids(conn, "ed", 1, after="ed_7" + "Z" * 25)
+    assert ids == sorted(set(ids))
+    assert {len(one) for one in ids} == {len("ed_") + 26}
+    assert later == "ed_8" + "0" * 25
+
+
+async def test_order_is_the_databases_whatever_the_nodes_clocks_say(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, created = [], []
+    for skew_s in (3600, -3600, 0):
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda fixed=now + skew_s: fixed)
+        monkeypatch.setattr(time, "time_ns", lambda fixed=now + skew_s: int(fixed * 1e9))
+        stored += await add(database, f"fact {skew_s}")
+        async with database.transaction() as conn:
+            created.append(await jobs.create(conn))
+        monkeypatch.undo()
+    async with database.transaction() as conn:
+        assert (await jobs.next_unfinished(conn)) == created[0]
+        assert [one.id for one in (await edits.page(conn))[0]] == [e.id for e in stored[::-1]]
+
+
+async def test_a_later_edit_replaces_an_earlier_one_even_if_the_clock_went_back(
+    database: Database,
+) -> None:
+    (old,) = await add(database, "x")
+    ahead = "ed_7" + old.id[4:]
+    async with database.transaction() as conn:
+        await conn.execute(text("DELETE FROM edit_events"))
+        await conn.execute(text("UPDATE edits SET id = :id"), {"id": ahead})
+    job = await claimed(database)
+    (newer,) = await add(database, "X")
+    assert newer.supersedes == ahead
+    async with database.transaction() as conn:
+        assert await edits.release(conn, job.id, "given up") == 0
+        assert (await edits.get(conn, ahead)).state is EditState.SUPERSEDED
+
+
 async def test_in_one_call_the_last_of_a_fact_wins(database: Database) -> None:
     one, other, two = await add(database, "x", "y", "X ")
     assert [e.state for e in (one, other, two)] == ["superseded", "queued", "queued"]
@@ -154,7 +199,8 @@ async def test_two_claims_at_once_never_share_an_edit(database: Database) -> Non
 async def test_a_claim_takes_the_oldest_or_the_ones_it_was_asked_for(database: Database) -> None:
     stored = await add(database, *"abcd")
     async with database.transaction() as conn:
-        assert await edits.oldest_queued_at(conn) == stored[0].created_at
+        await conn.execute(text("UPDATE edits SET created_at = now() - interval '1 hour'"))
+        assert await edits.oldest_queued_age(conn) == timedelta(hours=1)
         job = await jobs.create(conn, edit_ids=[stored[3].id])
         assert await edits.claim(conn, job) == 1
         job = await jobs.create(conn, max_edits=2)

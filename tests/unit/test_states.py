@@ -8,7 +8,6 @@ from sqlalchemy import CheckConstraint, Table
 from service.edits import EDIT_TRANSITIONS, EditState, fact_key
 from service.jobs import FINISHED, JOB_TRANSITIONS, JobKind, JobState
 from service.store import tables
-from service.store.ids import new_ids
 from service.versions import VERSION_TRANSITIONS, ReplicaState, VersionState
 
 
@@ -61,9 +60,3 @@ def test_the_schema_allows_exactly_the_states(
 def test_a_fact_is_a_prompt_up_to_case_and_white_space() -> None:
     assert fact_key(" The  CEO of\nX is") == fact_key("the ceo of x IS ")
     assert fact_key("The CEO of X is") != fact_key("The CEO of Y is")
-
-
-def test_ids_only_grow() -> None:
-    ids = [one for _ in range(50) for one in new_ids("ed", 20)]
-    assert ids == sorted(set(ids))
-    assert {len(one) for one in ids} == {len("ed_") + 26}
