@@ -8,7 +8,10 @@ a slice is of the parameter's row-major elements.
 """
 
 import hashlib
+import math
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Literal
 
@@ -23,6 +26,8 @@ from workers.slices import Folder, Shard, Slice
 
 FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
+_READERS = min(4, os.cpu_count() or 1)
+"""Threads that read and hash shards of a tensor; hashing takes longer than reading."""
 
 
 class TensorEntry(Record):
@@ -33,6 +38,15 @@ class TensorEntry(Record):
     dtype: DType
     sha256: str
     shards: tuple[Shard, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """In memory."""
+        return self.elements * slices.DTYPES[self.dtype].itemsize
 
 
 class Lineage(Record):
@@ -59,6 +73,11 @@ class Manifest(Lineage):
     def digest(self) -> str:
         """sha256 over the tensors' digests, in the order of their names: what a loader proves."""
         return digest_of({entry.name: entry.sha256 for entry in self.tensors})
+
+    @property
+    def bytes(self) -> int:
+        """Of all its tensors in memory."""
+        return sum(entry.bytes for entry in self.tensors)
 
 
 def digest_of(tensor_digests: dict[str, str]) -> str:
@@ -122,9 +141,18 @@ def read_manifest(store: str, version_id: str, base_fingerprint: str | None = No
     folder = _folder(store, version_id)
     path = f"{folder}/{MANIFEST}"
     try:
-        manifest = Manifest.model_validate_json(folder.read(MANIFEST))
+        payload = folder.read(MANIFEST)
     except FileNotFoundError as error:
         raise ManifestMissing(f"version {version_id}: no {path}, so no such version") from error
+    return parse_manifest(payload, path, version_id, base_fingerprint)
+
+
+def parse_manifest(
+    payload: bytes, path: str, version_id: str, base_fingerprint: str | None = None
+) -> Manifest:
+    """A manifest from its file's bytes; `path` names the file in errors; raises as above."""
+    try:
+        manifest = Manifest.model_validate_json(payload)
     except ValidationError as error:
         raise ArtifactError(f"{path} is not a manifest of format {FORMAT}: {error}") from error
     if manifest.version_id != version_id:
@@ -139,14 +167,31 @@ def read_manifest(store: str, version_id: str, base_fingerprint: str | None = No
 
 def read_tensors(store: str, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     """Every edited parameter, whole, on the CPU; each is verified before it is given out."""
-    folder = _folder(store, manifest.version_id)
     for entry in manifest.tensors:
-        pieces = [slices.read_shard(folder, entry.name, shard) for shard in entry.shards]
-        flat = torch.cat(pieces)
-        found = tensor_digest(flat)
-        if found != entry.sha256:
-            raise DigestMismatch(f"{folder}: tensor {entry.name}", entry.sha256, found)
-        yield entry.name, flat.view(entry.shape)
+        yield entry.name, read_tensor(store, manifest.version_id, entry)
+
+
+def read_tensor(store: str, version_id: str, entry: TensorEntry) -> Tensor:
+    """One parameter, whole, on the CPU: its shards and all of it verified.
+
+    Shards are read and hashed on several threads, straight into their places; the whole is hashed
+    behind them.
+    """
+    folder = _folder(store, version_id)
+    slices.check_whole(entry.name, entry.shards, entry.elements)
+    flat, digest = torch.empty(entry.elements, dtype=slices.DTYPES[entry.dtype]), hashlib.sha256()
+    with ThreadPoolExecutor(_READERS, "read-shard") as readers:
+        places = [flat[shard.start : shard.end] for shard in entry.shards]
+        reads = [
+            readers.submit(slices.read_shard_into, folder, entry.name, shard, place)
+            for shard, place in zip(entry.shards, places, strict=True)
+        ]
+        for read, place in zip(reads, places, strict=True):
+            read.result()
+            digest.update(slices.raw(place))
+    if digest.hexdigest() != entry.sha256:
+        raise DigestMismatch(f"{folder}: tensor {entry.name}", entry.sha256, digest.hexdigest())
+    return flat.view(entry.shape)
 
 
 def read_slice(store: str, manifest: Manifest, name: str, start: int, end: int) -> Tensor:

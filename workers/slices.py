@@ -5,31 +5,40 @@ an fsspec store and their digests; knows neither what a folder means nor who wri
 """
 
 import hashlib
+import io
+import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, BinaryIO
 
 import fsspec
 import safetensors.torch
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from workers.contract import DType, Record
 from workers.errors import ArtifactError, DigestMismatch, ShardMissing
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_DTYPES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_STORED: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16}
+_LENGTH_BYTES = 8
+"""A safetensors file: the length of a JSON header, little-endian; the header; the elements."""
+
+Natural = Annotated[int, Field(ge=0)]
 
 
 class Shard(Record):
     """One file: elements `[start, end)` of its tensor, and the digest of the file's bytes."""
 
-    file: str
-    start: int
-    end: int
+    file: str = Field(pattern=r"^[^./][^/]*\.safetensors$")
+    start: Natural
+    end: Natural
     sha256: str
-    bytes: int
+    bytes: Natural
 
 
 class Slice(Record):
@@ -46,8 +55,7 @@ class Folder:
 
     def __init__(self, store: str, *parts: str) -> None:
         for part in parts:
-            if not _PLAIN_NAME.fullmatch(part):
-                raise ArtifactError(f"{part!r} is not a plain name")
+            check_plain(part)
         self.fs, root = fsspec.core.url_to_fs(store)
         self.path = "/".join([root.rstrip("/"), *parts])
         self._local = "file" in self.fs.protocol
@@ -56,13 +64,13 @@ class Folder:
         return self.path
 
     def has(self, file: str) -> bool:
-        return bool(self.fs.exists(f"{self.path}/{file}"))
+        return self._exists(f"{self.path}/{file}")
 
     def make(self) -> None:
         self.fs.makedirs(self.path, exist_ok=True)
 
     def remove(self) -> None:
-        if self.fs.exists(self.path):
+        if self._exists(self.path):
             self.fs.rm(self.path, recursive=True)
 
     def remove_folder(self, name: str) -> None:
@@ -70,7 +78,7 @@ class Folder:
 
     def folders(self) -> list[str]:
         """Names of the folders in it, in order."""
-        if not self.fs.exists(self.path):
+        if not self._exists(self.path):
             return []
         found = self.fs.ls(self.path, detail=True, refresh=True)
         return sorted(e["name"].rsplit("/", 1)[1] for e in found if e["type"] == "directory")
@@ -78,6 +86,12 @@ class Folder:
     def read(self, file: str) -> bytes:
         payload: bytes = self.fs.cat_file(f"{self.path}/{file}")
         return payload
+
+    def open(self, file: str) -> BinaryIO:
+        """For reading from its beginning; what is not a local file is in memory then."""
+        if self._local:
+            return open(f"{self.path}/{file}", "rb", buffering=0)
+        return io.BytesIO(self.read(file))
 
     def write(self, file: str, payload: bytes) -> None:
         """Durably, where the file system can."""
@@ -94,6 +108,11 @@ class Folder:
         self.fs.mv(f"{self.path}/{unfinished}", f"{self.path}/{file}")
         self._sync()
 
+    def _exists(self, path: str) -> bool:
+        # Other processes may have written or removed it since this one last listed its folder.
+        self.fs.invalidate_cache(path)
+        return bool(self.fs.exists(path))
+
     def _sync(self) -> None:
         """A rename is durable only once its folder is."""
         if not self._local:
@@ -103,6 +122,12 @@ class Folder:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_plain(name: str) -> None:
+    """Raises `ArtifactError` unless it names a file or folder, and no way to another."""
+    if not _PLAIN_NAME.fullmatch(name):
+        raise ArtifactError(f"{name!r} is not a plain name")
 
 
 def write_slice(
@@ -115,7 +140,7 @@ def write_slice(
     ranks: int,
 ) -> Slice:
     """Writes a rank's flat slice of a parameter, beginning at element `start`, durably."""
-    if flat.dtype not in _DTYPES:
+    if flat.dtype not in _NAMES:
         raise ArtifactError(
             f"{name}: dtype {flat.dtype} cannot be published; use float32 or bfloat16"
         )
@@ -130,7 +155,7 @@ def write_slice(
         sha256=hashlib.sha256(payload).hexdigest(),
         bytes=len(payload),
     )
-    return Slice(name=name, shape=tuple(shape), dtype=_DTYPES[flat.dtype], shard=shard)
+    return Slice(name=name, shape=tuple(shape), dtype=_NAMES[flat.dtype], shard=shard)
 
 
 def ordered(slices: Sequence[Slice]) -> tuple[Slice, ...]:
@@ -139,34 +164,88 @@ def ordered(slices: Sequence[Slice]) -> tuple[Slice, ...]:
     Raises `ArtifactError` if they leave a gap, overlap or do not agree.
     """
     found = sorted(slices, key=lambda piece: piece.shard.start)
-    first, reached = found[0], 0
-    for piece in found:
-        if (piece.shape, piece.dtype) != (first.shape, first.dtype):
-            raise ArtifactError(f"{first.name}: its slices differ in shape or dtype")
-        if piece.shard.start != reached:
-            raise ArtifactError(
-                f"{first.name}: the next slice begins at {piece.shard.start}, not at {reached}"
-            )
-        reached = piece.shard.end
-    if reached != torch.Size(first.shape).numel():
-        raise ArtifactError(f"{first.name}: slices end at {reached}, the shape is {first.shape}")
+    first = found[0]
+    if any((piece.shape, piece.dtype) != (first.shape, first.dtype) for piece in found):
+        raise ArtifactError(f"{first.name}: its slices differ in shape or dtype")
+    check_whole(first.name, [piece.shard for piece in found], torch.Size(first.shape).numel())
     return tuple(found)
+
+
+def check_whole(name: str, shards: Sequence[Shard], elements: int) -> None:
+    """Raises `ArtifactError` unless the shards, in order, are elements `[0, elements)`."""
+    reached = 0
+    for shard in shards:
+        if shard.start != reached:
+            raise ArtifactError(f"{name}: the next slice begins at {shard.start}, not at {reached}")
+        reached = shard.end
+    if reached != elements:
+        raise ArtifactError(f"{name}: its slices end at {reached}, not at {elements}")
 
 
 def read_shard(folder: Folder, name: str, shard: Shard) -> Tensor:
     """A shard's elements, flat, verified against its digest."""
+    content = torch.empty(shard.bytes, dtype=torch.uint8)
+    _read(folder, shard, [content])
+    length = int.from_bytes(bytes(raw(content[:_LENGTH_BYTES])), "little")
+    dtype = _stored_dtype(folder, name, shard, bytes(raw(content[: _LENGTH_BYTES + length])))
+    return content[_LENGTH_BYTES + length :].view(dtype)
+
+
+def read_shard_into(folder: Folder, name: str, shard: Shard, place: Tensor) -> None:
+    """A shard's elements into `place`, flat and of its dtype; trust them only if nothing is raised.
+
+    The file's bytes are read and hashed where they are to stay, so none is copied.
+    """
+    header = torch.empty(max(shard.bytes - place.nbytes, 0), dtype=torch.uint8)
+    _read(folder, shard, [header, place.view(torch.uint8)])
+    dtype = _stored_dtype(folder, name, shard, bytes(raw(header)))
+    if dtype != place.dtype:
+        raise ArtifactError(f"{folder}/{shard.file} holds {dtype}, its manifest says {place.dtype}")
+
+
+def _read(folder: Folder, shard: Shard, parts: Sequence[Tensor]) -> None:
+    """Fills the parts, of bytes, with the file's content, which they must hold exactly."""
     path = f"{folder}/{shard.file}"
+    digest = hashlib.sha256()
     try:
-        payload = folder.read(shard.file)
+        with folder.open(shard.file) as stream:
+            for part in parts:
+                digest.update(_fill(stream, part))
+            while rest := stream.read(1 << 20):
+                digest.update(rest)
     except FileNotFoundError as error:
         raise ShardMissing(f"{path} is named by the manifest and not there") from error
-    found = hashlib.sha256(payload).hexdigest()
-    if found != shard.sha256:
-        raise DigestMismatch(path, shard.sha256, found)
-    flat: Tensor = safetensors.torch.load(payload)[name]
-    if flat.shape != (shard.end - shard.start,):
-        raise ArtifactError(f"{path}: {tuple(flat.shape)} elements, not {shard.end - shard.start}")
-    return flat
+    if digest.hexdigest() != shard.sha256:
+        raise DigestMismatch(path, shard.sha256, digest.hexdigest())
+
+
+def _fill(stream: BinaryIO, part: Tensor) -> memoryview:
+    """The bytes read: fewer than `part` has if the file ends before."""
+    view, filled = memoryview(raw(part)), 0
+    while filled < len(view) and (count := stream.readinto(view[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    return view[:filled]
+
+
+def _stored_dtype(folder: Folder, name: str, shard: Shard, header: bytes) -> torch.dtype:
+    """The dtype of the elements, from a header that must name this parameter and nothing else."""
+    path = f"{folder}/{shard.file}"
+    length, text = int.from_bytes(header[:_LENGTH_BYTES], "little"), header[_LENGTH_BYTES:]
+    if length != len(text) or _LENGTH_BYTES + length > shard.bytes:
+        raise ArtifactError(f"{path} is not a safetensors file of {shard.bytes} bytes")
+    found = {key: value for key, value in json.loads(text).items() if key != "__metadata__"}
+    if found.keys() != {name}:
+        raise ArtifactError(f"{path} holds {', '.join(found) or 'nothing'}, not {name}")
+    described, elements = found[name], shard.end - shard.start
+    if described["shape"] != [elements]:
+        raise ArtifactError(f"{path}: shape {described['shape']}, not {elements} elements")
+    dtype = _STORED.get(described["dtype"])
+    if dtype is None or elements * dtype.itemsize != shard.bytes - _LENGTH_BYTES - length:
+        raise ArtifactError(
+            f"{path}: {elements} elements of dtype {described['dtype']} do not make its "
+            f"{shard.bytes} bytes; float32 (F32) and bfloat16 (BF16) can be read"
+        )
+    return dtype
 
 
 def read_range(folder: Folder, name: str, shards: Sequence[Shard], start: int, end: int) -> Tensor:
