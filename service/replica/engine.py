@@ -13,15 +13,17 @@ class Engine(Protocol):
     """One base model and the versions of it that are in memory.
 
     `v0`, the base, is always there. The bank decides which other versions are, and never asks for
-    one that is not staged nor drops one that has requests in flight. All methods but `stage` are
-    called on one event loop.
+    one that is not staged nor drops one that has requests in flight. Requests of all versions may
+    run in one batch, each with its own version's parameters. All methods but `stage` are called on
+    one event loop.
     """
 
     def stage(self, version_id: str, tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
         """Bring a version into memory: the base with these parameters in place of its own.
 
-        Called on a worker thread; generation goes on. Raises `VersionRejected` for a parameter
-        that the base does not have or that has another shape there.
+        Called on a worker thread; generation goes on. The tensors are the engine's from then on.
+        Raises `VersionRejected` for a parameter that the base does not have, that has another
+        shape there or is not finite, or that the engine cannot run beside other versions' own.
         """
 
     async def drop(self, version_id: str) -> None:

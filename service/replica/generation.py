@@ -1,7 +1,7 @@
-"""One version's generation loop: token ids in, token ids out.
+"""The generation loop: token ids in, token ids out, all versions in one continuous batch.
 
-Owns a view of the model and, while it has requests, transformers' continuous batching manager with
-its thread and its KV cache. Knows nothing of text, nor of other versions.
+Owns, while it has requests, transformers' continuous batching manager with its thread and its KV
+cache. Knows nothing of text, nor which versions there are.
 """
 
 import asyncio
@@ -18,7 +18,9 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 
 from service.errors import Unavailable
-from service.replica.sampling import PerRequestSampling, Sampler
+from service.replica.batching import VersionScheduler, request_id
+from service.replica.sampling import PerRequestArguments, Sampler
+from service.replica.versioned import ResidentVersion, VersionedModel
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +29,10 @@ WATCH_S = 1.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a generation loop may take while it runs."""
+    """What the generation loop may take while it runs."""
 
     kv_tokens: int = 8192
-    """Capacity of its KV cache, over all its requests."""
+    """Capacity of the engine's KV cache, over all requests of all versions."""
     batch_tokens: int = 256
     """Most tokens in one forward pass."""
     page_tokens: int = 16
@@ -42,6 +44,7 @@ class Sizes:
             page_size=self.page_tokens,
             num_blocks=-(-self.kv_tokens // self.page_tokens),
             max_batch_tokens=self.batch_tokens,
+            scheduler_type=VersionScheduler.NAME,
             use_async_batching=False,
             use_cuda_graph=False,
             auto_switch_to_flash=False,
@@ -76,8 +79,8 @@ class Router(OutputRouter):  # type: ignore[misc]  # untyped base
 class GenerationLoop:
     """Used from one event loop; nothing here waits for the model on it."""
 
-    def __init__(self, model: Any, eos_tokens: Sequence[int], sizes: Sizes) -> None:
-        self.model = model
+    def __init__(self, model: VersionedModel, eos_tokens: Sequence[int], sizes: Sizes) -> None:
+        self._model = model
         self._eos_tokens = list(eos_tokens) or [-1]
         self._sizes = sizes
         self._manager: ContinuousBatchingManager | None = None
@@ -87,7 +90,7 @@ class GenerationLoop:
         self._stopping: set[asyncio.Future[None]] = set()
 
     async def tokens(
-        self, prompt: list[int], max_tokens: int, sampler: Sampler | None
+        self, version: ResidentVersion, prompt: list[int], max_tokens: int, sampler: Sampler | None
     ) -> AsyncGenerator[int]:
         """The answer's token ids, an end-of-sequence token included; no sampler means greedy.
 
@@ -96,11 +99,12 @@ class GenerationLoop:
         self._in_flight += 1
         manager = self._started()
         router: Router = manager.output_router
-        request_id = str(next(self._ids))
-        queue = router.queues[request_id] = asyncio.Queue()
+        name = request_id(version.id, next(self._ids))
+        queue = router.queues[name] = asyncio.Queue()
         finished = False
         try:
-            self._add(manager, request_id, prompt, max_tokens, sampler)
+            arguments = {"version": version} | ({} if sampler is None else {"sampler": sampler})
+            self._add(manager, name, prompt, max_tokens, arguments)
             told = 0
             while not finished:
                 output = await _latest(manager, queue)
@@ -111,9 +115,9 @@ class GenerationLoop:
                     yield token
                 told = len(output.generated_tokens)
         finally:
-            del router.queues[request_id]
+            del router.queues[name]
             if not finished:
-                manager.cancel_request(request_id)
+                manager.cancel_request(name)
             self._leave()
 
     def check(self) -> None:
@@ -132,13 +136,13 @@ class GenerationLoop:
             self._idle.cancel()
             self._idle = None
         if self._manager is None:
-            self._manager = self.model.init_continuous_batching(
+            self._manager = self._model.model.init_continuous_batching(
                 generation_config=GenerationConfig(
                     do_sample=False, eos_token_id=self._eos_tokens, pad_token_id=0
                 ),
                 continuous_batching_config=self._sizes.batching(),
             )
-            self._manager.logit_processor = PerRequestSampling()
+            self._manager.logit_processor = PerRequestArguments(self._model.rows)
             self._manager.output_router = Router(asyncio.get_running_loop())
             self._manager.start()
         return self._manager
@@ -146,15 +150,14 @@ class GenerationLoop:
     def _add(
         self,
         manager: ContinuousBatchingManager,
-        request_id: str,
+        name: str,
         prompt: list[int],
         max_tokens: int,
-        sampler: Sampler | None,
+        arguments: dict[str, Any],
     ) -> None:
-        arguments = {} if sampler is None else {"sampler": sampler}
         added = manager.add_request(
             prompt,
-            request_id=request_id,
+            request_id=name,
             max_new_tokens=max_tokens,
             streaming=True,
             eos_token_id=self._eos_tokens,
@@ -179,7 +182,12 @@ class GenerationLoop:
             None, lambda: manager.stop(hard_stop=hard)
         )
         self._stopping.add(stopping)
-        stopping.add_done_callback(self._stopping.discard)
+        stopping.add_done_callback(self._stopped)
+
+    def _stopped(self, stopping: asyncio.Future[None]) -> None:
+        self._stopping.discard(stopping)
+        if self._manager is None:
+            self._model.rows.clear()
 
 
 async def _latest(manager: ContinuousBatchingManager, queue: "asyncio.Queue[Any]") -> Any:

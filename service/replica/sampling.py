@@ -2,7 +2,7 @@
 
 The batch itself is greedy (an argmax); a sampled row is replaced by one that has all its weight on
 the token drawn. So greedy requests stay exact, and a seed gives the same answer whatever else is in
-the batch. Knows nothing of text, versions or threads.
+the batch. Knows nothing of text or threads, and of versions only whose rows are to be told.
 """
 
 from typing import Any
@@ -12,6 +12,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.logits_process import LogitsProcessorList
+
+from service.replica.versioned import BatchRows, ResidentVersion
 
 
 class Sampler:
@@ -48,27 +50,36 @@ def _nucleus(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(probs_V).scatter(0, indices_V, kept_V)
 
 
-class PerRequestSampling(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]  # untyped base
-    """Stands in for the batch's logits processors; a request's `sampler` comes with its arguments.
+class PerRequestArguments(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]  # untyped base
+    """Stands in for the batch's logits processors; a request's arguments are its logits arguments.
 
-    Needs synchronous batching without CUDA graphs: the rows are remembered between
-    `prepare_tensor_args` and the call that follows it.
+    `version` tells whose the rows of the coming forward pass are, `sampler` how to draw from them;
+    without one a request is greedy. Needs synchronous batching without CUDA graphs: both are
+    remembered between `prepare_tensor_args` and the forward pass that follows it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: BatchRows) -> None:
         super().__init__(LogitsProcessorList())
-        self.supported_keys = {"sampler": Sampler}
-        self.do_processing = True
+        self.supported_keys = {"version": ResidentVersion, "sampler": Sampler}
+        self._rows = rows
         self._samplers: list[Sampler | None] = []
 
     def prepare_tensor_args(
         self, requests_in_batch: list[Any], arg_storage: torch.Tensor
     ) -> torch.Tensor:
+        arguments = [request.state.logit_processor_kwargs for request in requests_in_batch]
+        self._rows.lay_out(
+            [
+                (given["version"], request.query_length, request.has_new_token)
+                for given, request in zip(arguments, requests_in_batch, strict=True)
+            ]
+        )
         self._samplers = [
-            request.state.logit_processor_kwargs.get("sampler")
-            for request in requests_in_batch
+            given.get("sampler")
+            for given, request in zip(arguments, requests_in_batch, strict=True)
             if request.has_new_token
         ]
+        self.do_processing = any(self._samplers)
         return arg_storage
 
     def __call__(

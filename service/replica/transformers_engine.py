@@ -1,11 +1,10 @@
-"""The engine on transformers' continuous batching: every version is a view of one base model.
+"""The engine on transformers' continuous batching: all versions in one batch over one KV cache.
 
-A view shares each tensor of the base but the edited ones, and has a generation loop of its own, so
-versions answer side by side. Knows nothing of residency rules, Ray, the store or artifacts.
+Versions share each tensor of the base but the edited ones. Knows nothing of residency rules, Ray,
+the store or artifacts.
 """
 
 import asyncio
-import copy
 from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -15,13 +14,18 @@ from typing import Any, Self
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from service.errors import FieldError, InvalidInput, VersionRejected
+from service.errors import FieldError, InvalidInput
 from service.inference import Chunk, CompletionRequest, FinishReason, TokenScore
 from service.replica.generation import GenerationLoop, Sizes
+from service.replica.row_layout import row_layouts
 from service.replica.sampling import Sampler
 from service.replica.scoring import score
 from service.replica.text import Detokenizer, StopScanner, token_text
+from service.replica.versioned import ResidentVersion, VersionedModel, resident, view
 from service.versions import BASE_VERSION
+
+LEAST_TEMPERATURE = 1e-5
+"""Below it an answer is greedy; the logits divided by less are not finite."""
 
 
 class TransformersEngine:
@@ -29,17 +33,19 @@ class TransformersEngine:
 
     def __init__(self, model: Any, tokenizer: Any, sizes: Sizes | None = None) -> None:
         """A causal language model with SDPA attention, in evaluation mode, and its tokenizer."""
-        self._sizes = sizes or Sizes()
+        sizes = sizes or Sizes()
         self._tokenizer = tokenizer
         self._eos_tokens = _eos_tokens(model)
-        self._context = min(model.config.max_position_embeddings, self._sizes.kv_tokens)
+        self._context = min(model.config.max_position_embeddings, sizes.kv_tokens)
         # Never run: transformers changes a model's config for the time of a forward pass, and a
-        # view taken in the middle of one would keep the change.
+        # copy taken in the middle of one would keep the change.
         self._base = model.eval().requires_grad_(False)
-        self._loops: dict[str, GenerationLoop] = {}
-        # Views of their own: generation changes the attention of the model that it runs.
-        self._scored: dict[str, Any] = {}
+        generating, self._scored = VersionedModel(self._base), VersionedModel(self._base)
+        self._layouts = row_layouts(self._scored.model)
+        self._models = (generating, self._scored)
+        self._loop = GenerationLoop(generating, self._eos_tokens, sizes)
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+        self._versions: dict[str, ResidentVersion] = {}
         self.stage(BASE_VERSION, ())
 
     @classmethod
@@ -53,32 +59,32 @@ class TransformersEngine:
         return cls(model.to("cuda" if gpu else "cpu"), AutoTokenizer.from_pretrained(path), sizes)
 
     def model(self, version_id: str) -> Any:
-        """A resident version's view of the model."""
-        return self._loops[version_id].model
+        """The model as a resident version has it, sharing the version's tensors and the base's."""
+        return view(self._base, self._versions[version_id].tensors)
 
     def stage(self, version_id: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        model = view(self._base, tensors)
-        self._scored[version_id] = view(model, ())
-        self._loops[version_id] = GenerationLoop(model, self._eos_tokens, self._sizes)
+        version = resident(self._base, self._layouts, version_id, tensors)
+        for model in self._models:
+            model.admit(version, self._layouts)
+        self._versions[version_id] = version
 
     async def drop(self, version_id: str) -> None:
-        del self._scored[version_id]
-        await self._loops.pop(version_id).close()
+        del self._versions[version_id]
 
     async def generate(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
-        loop = self._loops[request.version_id]
+        version = self._versions[request.version_id]
         prompt = self._prompt(request)
         if request.prompt_logprobs is not None:
-            model, top = self._scored[request.version_id], request.prompt_logprobs
             yield await asyncio.get_running_loop().run_in_executor(
-                self._scoring, self._score, model, request, prompt, top
+                self._scoring, self._score, version, request, prompt, request.prompt_logprobs
             )
             return
         detokenizer = Detokenizer(self._tokenizer, prompt)
         scanner = StopScanner(request.stop)
         tokens = 0
         reason: FinishReason = "length"
-        async with aclosing(loop.tokens(prompt, request.max_tokens, self._sampler(request))) as ids:
+        answer = self._loop.tokens(version, prompt, request.max_tokens, self._sampler(request))
+        async with aclosing(answer) as ids:
             async for token in ids:
                 tokens += 1
                 if token in self._eos_tokens:
@@ -96,16 +102,18 @@ class TransformersEngine:
         yield Chunk(request.version_id, text, reason, len(prompt), tokens)
 
     def check(self) -> None:
-        for loop in list(self._loops.values()):
-            loop.check()
+        self._loop.check()
 
     async def close(self) -> None:
-        for loop in list(self._loops.values()):
-            await loop.close()
+        await self._loop.close()
 
-    def _score(self, model: Any, request: CompletionRequest, prompt: list[int], top: int) -> Chunk:
+    def _score(
+        self, version: ResidentVersion, request: CompletionRequest, prompt: list[int], top: int
+    ) -> Chunk:
         """The whole answer to a request for scores; takes a forward pass, so not the event loop."""
-        scores = score(model, prompt, max(top, 1))
+        self._scored.rows.lay_out([(version, len(prompt), True)])
+        scores = score(self._scored.model, prompt, max(top, 1))
+        self._scored.rows.clear()
         text = request.prompt if isinstance(request.prompt, str) else self._tokenizer.decode(prompt)
         reason: FinishReason = "length"
         tokens, logprobs = list(prompt), scores.logprobs
@@ -133,7 +141,7 @@ class TransformersEngine:
         return TokenScore(token_text(self._tokenizer, token), logprob, top)
 
     def _sampler(self, request: CompletionRequest) -> Sampler | None:
-        if request.temperature == 0:
+        if request.temperature < LEAST_TEMPERATURE:
             return None
         return Sampler(request.temperature, request.top_p, request.seed, self._base.device)
 
@@ -164,32 +172,6 @@ class TransformersEngine:
                 f"{self._context} tokens together: ask for at most {self._context - len(prompt)}",
             )
         return prompt
-
-
-def view(base: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> Any:
-    """A model like `base` that shares all its tensors except the ones given by parameter name.
-
-    Raises `VersionRejected` for a name or a shape that the base does not have.
-    """
-    parameters = dict(base.named_parameters(remove_duplicate=False))
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in _all_tensors(base)}
-    for name, tensor in tensors:
-        parameter = parameters.get(name)
-        if parameter is None:
-            raise VersionRejected(f"The base model has no parameter {name!r}.")
-        if parameter.shape != tensor.shape:
-            raise VersionRejected(
-                f"Parameter {name!r} has shape {tuple(tensor.shape)}; "
-                f"the base model's is {tuple(parameter.shape)}."
-            )
-        own = torch.empty_like(parameter).copy_(tensor)
-        memo[id(parameter)] = torch.nn.Parameter(own, requires_grad=False)
-    return copy.deepcopy(base, memo)
-
-
-def _all_tensors(model: Any) -> Iterable[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
 
 
 def _eos_tokens(model: Any) -> tuple[int, ...]:

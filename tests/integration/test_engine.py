@@ -103,6 +103,16 @@ def test_tensors_of_another_model_are_rejected(
         engine.stage("v1", [(name, torch.zeros(shape))])
 
 
+def test_a_tensor_that_fits_is_adopted_and_one_that_does_not_is_cast(
+    engine: TransformersEngine,
+) -> None:
+    given = tuned_tensor(1)
+    engine.stage("v1", [(TUNED, given)])
+    assert engine.model("v1").get_parameter(TUNED).data_ptr() == given.data_ptr()
+    engine.stage("v2", [(TUNED, given.bfloat16())])
+    assert torch.equal(engine.model("v2").get_parameter(TUNED), given.bfloat16().float())
+
+
 def test_staging_goes_on_beside_generation(engine: TransformersEngine, model_path: Path) -> None:
     async def work() -> tuple[str, str]:
         request = CompletionRequest("v0", "the capital", max_tokens=60, temperature=0.0)
@@ -157,6 +167,11 @@ def test_a_tiny_nucleus_is_greedy(engine: TransformersEngine, model_path: Path) 
     assert text == reference(engine, model_path, "abc", 12)
 
 
+def test_the_lowest_temperature_is_greedy(engine: TransformersEngine, model_path: Path) -> None:
+    text, _ = run(engine, lambda: ask(engine, "abc", temperature=1e-40, max_tokens=12))
+    assert text == reference(engine, model_path, "abc", 12)
+
+
 def test_more_requests_than_the_cache_holds_all_finish(
     engine: TransformersEngine, model_path: Path
 ) -> None:
@@ -206,28 +221,33 @@ def test_what_does_not_fit_is_the_callers_mistake(
 
 
 def test_an_error_in_the_generation_thread_reaches_those_who_wait(
-    engine: TransformersEngine,
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("the accelerator is gone")
 
     async def work() -> None:
-        engine.model("v0").forward = broken
+        monkeypatch.setattr(type(engine.model("v0")), "forward", broken)
         asked = await asyncio.gather(
             *(ask(engine, prompt) for prompt in PROMPTS), return_exceptions=True
         )
         assert [type(error) for error in asked] == [Unavailable] * len(PROMPTS)
         # The thread tells those who wait, and only then ends and says why.
         with pytest.raises(Unavailable, match="accelerator is gone"):
-            async with asyncio.timeout(10):
-                while True:
-                    engine.check()
-                    await asyncio.sleep(0)
+            await checked(engine)
 
     run(engine, work)
 
 
-def test_an_idle_version_gives_its_thread_back_and_starts_again(model_path: Path) -> None:
+async def checked(engine: TransformersEngine) -> None:
+    """Again and again, until it raises."""
+    async with asyncio.timeout(10):
+        while True:
+            engine.check()
+            await asyncio.sleep(0)
+
+
+def test_an_idle_engine_gives_its_thread_back_and_starts_again(model_path: Path) -> None:
     engine = TransformersEngine.load(model_path, Sizes(kv_tokens=512, idle_s=0.01), threads=1)
 
     async def work() -> list[str]:
