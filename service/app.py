@@ -1,5 +1,7 @@
 """`build_app`: the only wiring. Which deployments there are, and what each is given."""
 
+from functools import partial
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -7,8 +9,10 @@ from ray.serve.handle import DeploymentHandle
 from service.api.app import create_api
 from service.coordinator.deployment import Coordinator
 from service.coordinator.pipeline import BaseModel
+from service.metrics import exporters
 from service.replica.client import ServeInference
-from service.replica.deployment import Replica
+from service.replica.deployment import replicas
+from service.replica.running import running_replicas
 from service.settings import Settings
 from service.store.database import Database
 
@@ -32,7 +36,7 @@ class Api:
         self._coordinator = coordinator
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._settings, Database(self._database_url), self._inference)
+        return create_api(self._settings, Database(self._database_url), self._inference, exporters)
 
 
 class CoordinatorProcess(Coordinator):
@@ -47,19 +51,20 @@ class CoordinatorProcess(Coordinator):
         from workers.job import train
 
         tokenizer = AutoTokenizer.from_pretrained(base.path)
-        super().__init__(settings, database_url, base, tokenizer, ServeInference(replica), train)
+        super().__init__(
+            settings,
+            database_url,
+            base,
+            tokenizer,
+            ServeInference(replica),
+            partial(running_replicas, replica),
+            train,
+        )
 
 
 def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.Application:
     """The Serve application: Api, Coordinator and Replica over one PostgreSQL."""
     light = {"num_cpus": 0}
-    replica = serve.deployment(Replica, name="Replica").options(
-        num_replicas=settings.replicas,
-        max_ongoing_requests=256,
-        ray_actor_options=light,
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=20,
-    )
     coordinator = serve.deployment(CoordinatorProcess, name="Coordinator").options(
         num_replicas=1, ray_actor_options=light, health_check_period_s=2
     )
@@ -68,10 +73,10 @@ def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.A
         max_ongoing_requests=1024,
         ray_actor_options=light,
     )
-    replicas = replica.bind(settings, database_url, base.fingerprint)
+    inference = replicas(settings, database_url, base.fingerprint)
     return api.bind(
         settings,
         database_url,
-        replicas,
-        coordinator.bind(settings, database_url, base, replicas),
+        inference,
+        coordinator.bind(settings, database_url, base, inference),
     )

@@ -1,47 +1,87 @@
 """Which versions a replica holds: staged on demand, bounded, least recently used goes first.
 
-Owns residency. Knows the engine by its protocol and versions by the artifact store, nothing of Ray
-or SQL. Used from one event loop; reading and staging run on a worker thread.
+Owns residency. Knows the engine by its protocol and versions by where they come from, nothing of
+Ray or SQL. Used from one event loop; reading and staging run on a worker thread.
 """
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from service.errors import NotFound, Unavailable, VersionRejected
+from service.errors import VersionUnavailable
 from service.replica.engine import Engine
 from service.versions import BASE_VERSION
-from workers.errors import ArtifactError, ManifestMissing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from workers.artifact import Manifest
+
+
+class Source(Protocol):
+    """Where versions come from; both block, and raise as `VersionBank.ensure`."""
+
+    def manifest(self, version_id: str) -> "Manifest": ...
+
+    def tensors(self, manifest: "Manifest") -> "Iterator[tuple[str, Tensor]]": ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """A version in memory."""
+
+    digest: str
+    """sha256 over the loaded tensors, as the manifest states it; v0: the base's fingerprint."""
+    bytes: int
+    """Of its own tensors, which the base does not share."""
 
 
 class VersionBank:
-    """The base, always, and at most `capacity` other versions.
+    """The base, always, and others within `capacity` versions and `capacity_bytes` (None: any).
 
     Pinned versions and versions with requests in flight are never dropped; a pinned version is
-    taken in even if that exceeds the capacity, until requests of others end.
+    taken in even if that exceeds the bounds, until requests of others end.
     """
 
     def __init__(
-        self, engine: Engine, store_url: str, base_fingerprint: str, capacity: int
+        self,
+        engine: Engine,
+        source: Source,
+        base_fingerprint: str,
+        *,
+        capacity: int,
+        capacity_bytes: int | None = None,
     ) -> None:
         self._engine = engine
-        self._store_url = store_url
-        self._base_fingerprint = base_fingerprint
+        self._source = source
         self._capacity = capacity
+        self._capacity_bytes = capacity_bytes
         self._pinned = frozenset({BASE_VERSION})
-        self._digests = OrderedDict({BASE_VERSION: base_fingerprint})
-        """Of the versions in memory, least recently used first."""
+        self._held = OrderedDict({BASE_VERSION: Held(base_fingerprint, 0)})
+        """The versions in memory, least recently used first."""
         self._claims: Counter[str] = Counter()
         """How many requests wait for or run on each version."""
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._reserved: set[str] = set()
-        """Versions being loaded that have been given a place."""
+        self._reserved: dict[str, int] = {}
+        """Bytes of the versions being loaded that have been given a place."""
 
     @property
     def resident(self) -> tuple[str, ...]:
         """Ids of the versions in memory, least recently used first."""
-        return tuple(self._digests)
+        return tuple(self._held)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the tensors that the versions in memory do not share with the base."""
+        return sum(held.bytes for held in self._held.values())
+
+    def digest(self, version_id: str) -> str | None:
+        """What `ensure` would return at once; None if the version is not in memory."""
+        held = self._held.get(version_id)
+        return None if held is None else held.digest
 
     def in_flight(self, version_id: str) -> int:
         """How many requests wait for a version or run on it."""
@@ -56,20 +96,20 @@ class VersionBank:
         """Make a version resident and return the digest of what was loaded (v0: its fingerprint).
 
         Raises `NotFound` if it was never published, `VersionRejected` if it fails verification,
-        `Unavailable` if the store cannot be read or every place is taken by requests in flight.
+        `Unavailable` if the store cannot be read, `VersionUnavailable` if there is no place for it.
         """
         async with self.use(version_id):
-            return self._digests[version_id]
+            return self._held[version_id].digest
 
     @asynccontextmanager
     async def use(self, version_id: str) -> AsyncIterator[None]:
         """Make a version resident and keep it so while a request runs; raises as `ensure`."""
         self._claims[version_id] += 1
         try:
-            while version_id not in self._digests:
+            while version_id not in self._held:
                 # Shielded: others may wait for the same version when this request is given up.
                 await asyncio.shield(self._loaded(version_id))
-            self._digests.move_to_end(version_id)
+            self._held.move_to_end(version_id)
             yield
         finally:
             self._claims[version_id] -= 1
@@ -84,48 +124,45 @@ class VersionBank:
         return self._loading[version_id]
 
     async def _load(self, version_id: str) -> None:
-        self._reserved.add(version_id)
+        manifest = await asyncio.to_thread(self._source.manifest, version_id)
+        self._reserved[version_id] = manifest.bytes
         try:
             await self._trim()
-            if self._excess() > 0 and version_id not in self._pinned:
-                raise Unavailable(
-                    f"Version {version_id} cannot be staged now: all {self._capacity} places hold "
-                    "versions that are pinned or have requests in flight. Try again."
-                )
-            digest = await asyncio.to_thread(self._stage, version_id)
-            self._digests[version_id] = digest
+            if self._exceeded and version_id not in self._pinned:
+                raise VersionUnavailable(self._no_place(version_id, manifest.bytes))
+            await asyncio.to_thread(self._stage, manifest)
+            self._held[version_id] = Held(manifest.digest, manifest.bytes)
         finally:
-            self._reserved.remove(version_id)
+            del self._reserved[version_id]
 
-    def _stage(self, version_id: str) -> str:
-        # Imported here: it brings torch, which those who only import the deployment do not need.
-        from workers.artifact import read_manifest, read_tensors
-
-        try:
-            manifest = read_manifest(self._store_url, version_id, self._base_fingerprint)
-            self._engine.stage(version_id, read_tensors(self._store_url, manifest))
-        except ManifestMissing as error:
-            raise NotFound(f"Version {version_id} was never published: {error}") from error
-        except ArtifactError as error:
-            raise VersionRejected(f"Version {version_id} failed verification: {error}") from error
-        except OSError as error:
-            raise Unavailable(
-                f"Version {version_id} cannot be read from the version store now: {error}"
-            ) from error
-        return manifest.digest
+    def _stage(self, manifest: "Manifest") -> None:
+        self._engine.stage(manifest.version_id, self._source.tensors(manifest))
 
     async def _trim(self) -> None:
-        """While there are too many, drop what nobody needs now, least recently used first."""
+        """While there is too much, drop what nobody needs now, least recently used first."""
         for version_id in self.resident:
-            if self._excess() <= 0:
+            if not self._exceeded:
                 return
             needed = version_id in self._pinned or self._claims[version_id]
-            if version_id in self._digests and not needed:
-                del self._digests[version_id]
+            if version_id in self._held and not needed:
+                del self._held[version_id]
                 await self._engine.drop(version_id)
 
-    def _excess(self) -> int:
-        return len(self._digests) - 1 + len(self._reserved) - self._capacity
+    @property
+    def _exceeded(self) -> bool:
+        versions = len(self._held) - 1 + len(self._reserved)
+        held_bytes = self.resident_bytes + sum(self._reserved.values())
+        too_large = self._capacity_bytes is not None and held_bytes > self._capacity_bytes
+        return too_large or versions > self._capacity
+
+    def _no_place(self, version_id: str, size: int) -> str:
+        bound = f"{self._capacity} versions"
+        if self._capacity_bytes is not None:
+            bound += f" of together {self._capacity_bytes:,} bytes"
+        return (
+            f"Version {version_id} ({size:,} bytes) cannot be staged now: a replica holds {bound}, "
+            "and those it has are pinned or have requests in flight. Try again."
+        )
 
 
 def _retrieve(task: "asyncio.Task[None]") -> None:

@@ -1,95 +1,170 @@
 """`Inference` over a Serve handle: how other processes reach the replicas.
 
-Turns what Ray raises into the service's own errors. Light: brings neither torch nor transformers.
+Turns what Ray raises into the service's own errors, and tries around a replica that cannot answer.
+Light: brings neither torch nor transformers.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import Context
 from typing import Any
 
 from ray.exceptions import RayActorError, WorkerCrashedError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from service.errors import ErrataError, Unavailable
+from service import metrics
+from service.errors import ErrataError, Unavailable, VersionUnavailable
 from service.inference import Chunk, Completion, CompletionRequest
 
-ATTEMPTS = 2
+ANSWER_S = 120.0
+"""A whole answer is waited for so long; a replica that must be started first takes some 20 s."""
+PIECE_S = 60.0
+"""A stream's first piece, and each next one, is waited for so long."""
+DEATHS = 3
+"""A request is given up when so many replicas have ended under it."""
 
 
 class ReplicaDied(Unavailable):
     """The replica ended while it was answering."""
 
 
-class ServeInference:
-    """See `Inference`. A request whose replica died before answering is given to another, once."""
+class Refused(VersionUnavailable):
+    """A replica cannot answer now and has told nothing yet; another one may be asked."""
 
-    def __init__(self, handle: DeploymentHandle, timeout_s: float = 120.0) -> None:
-        """`timeout_s` bounds the wait for a whole answer, or for the next piece of a stream."""
+    replica_id: str
+
+    @classmethod
+    def by(cls, replica_id: str, why: Unavailable) -> "Refused":
+        refused = cls(why.detail)
+        refused.replica_id = replica_id
+        return refused
+
+
+class ServeInference:
+    """See `Inference`.
+
+    A replica that cannot hold the version, or dies before the first piece of the answer, is tried
+    around; `VersionUnavailable` once all replicas were asked.
+    """
+
+    def __init__(
+        self, handle: DeploymentHandle, answer_s: float = ANSWER_S, piece_s: float = PIECE_S
+    ) -> None:
         self._handle = handle
-        self._timeout_s = timeout_s
+        self._answer_s = answer_s
+        self._piece_s = piece_s
 
     async def complete(self, request: CompletionRequest) -> Completion:
-        for _ in range(ATTEMPTS - 1):
-            try:
-                return await self._complete_once(request)
-            except ReplicaDied:
-                continue
-        return await self._complete_once(request)
+        attempts = Attempts(request.version_id)
+        until = _now() + self._answer_s
+        with metrics.query(request.version_id):
+            while True:
+                try:
+                    return await self._complete_once(request, attempts.tried, until)
+                except (Refused, ReplicaDied) as error:
+                    attempts.failed(error)
 
     async def stream(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
-        for attempt in range(1, ATTEMPTS + 1):
-            begun = False
-            try:
-                async with aclosing(self._stream_once(request)) as chunks:
-                    async for chunk in chunks:
-                        begun = True
-                        yield chunk
-                return
-            except ReplicaDied:
-                if begun or attempt == ATTEMPTS:
-                    raise
+        attempts = Attempts(request.version_id)
+        until = _now() + self._piece_s
+        begun = False
+        with metrics.query(request.version_id):
+            while True:
+                try:
+                    async with aclosing(self._stream_once(request, attempts.tried, until)) as told:
+                        async for chunk in told:
+                            begun = True
+                            yield chunk
+                    return
+                except (Refused, ReplicaDied) as error:
+                    if begun:
+                        raise
+                    attempts.failed(error)
 
-    async def _complete_once(self, request: CompletionRequest) -> Completion:
-        response = self._handle.complete.remote(request)
+    async def _complete_once(
+        self, request: CompletionRequest, tried: frozenset[str], until: float
+    ) -> Completion:
+        response = _detached(self._handle.complete.remote, request, tried)
         done = False
         try:
-            completion: Completion = await self._within(response)
+            completion: Completion = await _value(response, until, self._answer_s)
             done = True
             return completion
         finally:
             if not done:
                 response.cancel()
 
-    async def _stream_once(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
-        response = self._handle.options(stream=True).stream.remote(request)
+    async def _stream_once(
+        self, request: CompletionRequest, tried: frozenset[str], until: float
+    ) -> AsyncGenerator[Chunk]:
+        response = _detached(self._handle.options(stream=True).stream.remote, request, tried)
         done = False
         try:
             while True:
                 try:
-                    chunk = await self._within(anext(response))
+                    chunk = await _value(anext(response), until, self._piece_s)
                 except StopAsyncIteration:
                     done = True
                     return
                 yield chunk
+                until = _now() + self._piece_s
         finally:
             if not done:
                 response.cancel()
 
-    async def _within(self, awaitable: Any) -> Any:
-        """The awaited value, in time; what went wrong is raised as the service's own error."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                value = await awaitable
-        except TimeoutError as error:
-            raise Unavailable(
-                f"No replica answered within {self._timeout_s:g} s. Try again."
+
+class Attempts:
+    """The replicas that a request was given to in vain."""
+
+    def __init__(self, version_id: str) -> None:
+        self._version_id = version_id
+        self._why = ""
+        self._deaths = 0
+        self.tried: frozenset[str] = frozenset()
+        """Ids of those that refused; one that died is not given requests any more."""
+
+    def failed(self, error: Refused | ReplicaDied) -> None:
+        """Takes note, or raises what to tell the client once there is nobody left to ask."""
+        if isinstance(error, ReplicaDied):
+            self._deaths += 1
+            if self._deaths == DEATHS:
+                raise error
+            metrics.retried("died")
+            return
+        if error.replica_id in self.tried:
+            raise VersionUnavailable(
+                f"No replica can answer with {self._version_id} now: {self._why}"
             ) from error
-        except (RayActorError, WorkerCrashedError) as error:
-            raise ReplicaDied("The replica that was answering ended. Try again.") from error
-        except RayServeException as error:
-            raise Unavailable(f"No replica can take the request: {error}. Try again.") from error
-        if isinstance(value, ErrataError):
-            raise value
-        return value
+        self._why = error.detail
+        self.tried |= {error.replica_id}
+        metrics.retried("refused")
+
+
+def _detached(call: Any, *arguments: Any) -> Any:
+    """Serve tells the calls that one HTTP request makes apart only if they know nothing of it."""
+    return Context().run(call, *arguments)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def _value(awaitable: Any, until: float, waited_s: float) -> Any:
+    """The awaited value, in time; what went wrong is raised as the service's own error."""
+    try:
+        async with asyncio.timeout_at(until):
+            value = await awaitable
+    except TimeoutError as error:
+        raise Unavailable(
+            f"No replica answered within {waited_s:g} s. One may still be starting, or all have "
+            "too much to do: try again soon. If it goes on, raise replicas_min or replicas_max."
+        ) from error
+    except (RayActorError, WorkerCrashedError) as error:
+        raise ReplicaDied("The replica that was answering ended. Try again.") from error
+    except RayServeException as error:
+        raise Unavailable(f"No replica can take the request: {error}. Try again.") from error
+    if isinstance(value, ErrataError):
+        raise value
+    return value

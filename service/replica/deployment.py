@@ -6,58 +6,95 @@ Serve makes it ready when `__init__` returns, which is when it holds the committ
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from service.errors import ConfigurationError, ErrataError, Unavailable
+from service import metrics
+from service.errors import ConfigurationError, ErrataError, Unavailable, VersionUnavailable
 from service.inference import Chunk, Completion, CompletionRequest
 from service.replica.bank import VersionBank
+from service.replica.client import Refused
 from service.replica.engine import Engine
+from service.replica.fetching import Fetcher
 from service.replica.local import LocalInference
-from service.replica.membership import Membership
+from service.replica.measured import MeasuredSource
+from service.replica.membership import Fenced, Membership
+from service.replica.router import RESIDENT, VersionRouter
 from service.settings import Settings
 from service.store.database import Database
 
 log = logging.getLogger(__name__)
 
+QUERIES = 256
+"""In flight on one replica at most; more wait for the first one that has room."""
+DRAIN_S = 30.0
+"""A replica that is ended answers what it was given for so long at most."""
+ROUTING_S = 0.5
+"""How often a replica tells the routers what it holds."""
+SCALE_UP_S = 5.0
+"""With too many queries for so long, a replica is added; the first one at once."""
+GIB = 1 << 30
+
+Load = Callable[[Settings, str], Engine]
+
 
 class Replica:
     """Answers each query with the version it was admitted for; asked through `ServeInference`."""
 
-    async def __init__(self, settings: Settings, database_url: str, base_fingerprint: str) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Raises `ConfigurationError` if its copy of the base model is not the service's."""
-        self._engine = await asyncio.to_thread(_load_engine, settings, base_fingerprint)
-        bank = VersionBank(
-            self._engine, settings.version_store_url, base_fingerprint, settings.resident_versions
-        )
-        self._inference = LocalInference(self._engine, bank)
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, database_url: str, base_fingerprint: str, load: Load
+    ) -> None:
+        """`load` gives the engine of the base model so named; blocks."""
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._engine = await asyncio.to_thread(load, settings, base_fingerprint)
+        self._bank = _bank(settings, self._engine, base_fingerprint)
+        self._inference = LocalInference(self._engine, self._bank)
         self._database = Database(database_url, pool_size=2)
-        self._membership = Membership(
-            serve.get_replica_context().replica_id.unique_id,
-            self._database,
-            bank,
-            settings.heartbeat_s,
-        )
+        self._membership = Membership(self._id, self._database, self._bank, settings.heartbeat_s)
         await self._membership.join()
         self._running = asyncio.create_task(self._membership.run())
+        self._running.add_done_callback(_count_fence)
 
-    async def complete(self, request: CompletionRequest) -> Completion | ErrataError:
-        """An error on purpose is returned: Serve would log each one raised, with its traceback."""
+    async def complete(
+        self, request: CompletionRequest, tried: frozenset[str]
+    ) -> Completion | ErrataError:
+        """An error on purpose is returned: Serve would log each one raised, with its traceback.
+
+        `tried`: ids of the replicas that have refused this request.
+        """
         try:
+            self._require_serving(request, tried)
             return await self._inference.complete(request)
+        except Unavailable as error:
+            return Refused.by(self._id, error)
         except ErrataError as error:
             return error
 
-    async def stream(self, request: CompletionRequest) -> AsyncIterator[Chunk | ErrataError]:
+    async def stream(
+        self, request: CompletionRequest, tried: frozenset[str]
+    ) -> AsyncIterator[Chunk | ErrataError]:
         """As `complete`: an error on purpose is the last item."""
+        begun = False
         try:
+            self._require_serving(request, tried)
             async with aclosing(self._inference.stream(request)) as chunks:
                 async for chunk in chunks:
+                    begun = True
                     yield chunk
+        except Unavailable as error:
+            yield error if begun else Refused.by(self._id, error)
         except ErrataError as error:
             yield error
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Serve asks for it and tells the routers."""
+        metrics.resident(len(self._bank.resident), self._bank.resident_bytes)
+        # Sorted: each change is told to every router, and each query changes the bank's order.
+        return {RESIDENT: [] if self._running.done() else sorted(self._bank.resident)}
 
     def check_health(self) -> None:
         """Serve restarts the replica if this raises; a database that is away is no reason."""
@@ -68,6 +105,8 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve calls it once, after the requests in flight have ended."""
+        if not hasattr(self, "_running"):
+            return  # Ended before it had joined.
         self._running.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
         try:
@@ -77,8 +116,17 @@ class Replica:
         await self._engine.close()
         await self._database.dispose()
 
+    def _require_serving(self, request: CompletionRequest, tried: frozenset[str]) -> None:
+        if self._id in tried:
+            raise VersionUnavailable("This replica has refused the request before.")
+        if self._running.done():
+            raise VersionUnavailable(
+                f"A replica that was asked for {request.version_id} is being restarted. Try again."
+            )
 
-def _load_engine(settings: Settings, base_fingerprint: str) -> Engine:
+
+def load_engine(settings: Settings, base_fingerprint: str) -> Engine:
+    """Raises `ConfigurationError` if this node's copy of the base model is not the service's."""
     from service.replica.generation import Sizes
     from service.replica.transformers_engine import TransformersEngine
     from workers.models import fingerprint, resolve
@@ -97,3 +145,58 @@ def _load_engine(settings: Settings, base_fingerprint: str) -> Engine:
     gc.collect()
     gc.freeze()
     return engine
+
+
+def replicas(
+    settings: Settings, database_url: str, base_fingerprint: str, load: Load = load_engine
+) -> serve.Application:
+    """The replicas, a fixed number or, where the settings give a range, autoscaled by Serve."""
+    least, most = settings.replica_range
+    scale: dict[str, Any] = {"num_replicas": settings.replicas}
+    if least < most:
+        scale = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=least,
+                initial_replicas=settings.replicas,
+                max_replicas=most,
+                target_ongoing_requests=settings.replica_queries,
+                upscale_delay_s=SCALE_UP_S,
+                downscale_delay_s=settings.scale_down_after_s,
+            )
+        }
+    deployment = serve.deployment(Replica, name="Replica").options(
+        **scale,
+        max_ongoing_requests=QUERIES,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_wait_loop_s=0.5,
+        request_router_config=RequestRouterConfig(
+            request_router_class=VersionRouter, request_routing_stats_period_s=ROUTING_S
+        ),
+    )
+    return deployment.bind(settings, database_url, base_fingerprint, load)
+
+
+def _bank(settings: Settings, engine: Engine, base_fingerprint: str) -> VersionBank:
+    fetcher = Fetcher(
+        settings.version_store_url,
+        base_fingerprint,
+        settings.data_dir.resolve() / "cache",
+        cache_bytes=int(settings.version_cache_gb * GIB),
+        timeout_s=settings.fetch_timeout_s,
+        attempts=settings.fetch_attempts,
+    )
+    return VersionBank(
+        engine,
+        MeasuredSource(fetcher),
+        base_fingerprint,
+        capacity=settings.resident_versions,
+        capacity_bytes=None if settings.resident_gb is None else int(settings.resident_gb * GIB),
+    )
+
+
+def _count_fence(task: "asyncio.Task[None]") -> None:
+    error = None if task.cancelled() else task.exception()
+    if isinstance(error, BaseExceptionGroup) and error.subgroup(Fenced):
+        metrics.fenced()

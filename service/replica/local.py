@@ -1,8 +1,9 @@
-"""`Inference` in this process: an engine and its bank. Knows nothing of Ray or the store."""
+"""`Inference` in this process: an engine and its bank. Knows nothing of Serve or the store."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from service import metrics
 from service.inference import Chunk, Completion, CompletionRequest
 from service.replica.bank import VersionBank
 from service.replica.engine import Engine
@@ -31,9 +32,12 @@ class LocalInference:
         )
 
     async def stream(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
+        pace = metrics.Pace()
         async with (
             self._bank.use(request.version_id),
             aclosing(self._engine.generate(request)) as chunks,
         ):
             async for chunk in chunks:
+                pace.piece()
                 yield chunk
+        metrics.answered(chunk.version_id, chunk.prompt_tokens, chunk.completion_tokens)

@@ -7,6 +7,8 @@ import asyncio
 import logging
 from datetime import datetime
 
+from sqlalchemy.ext.asyncio import AsyncConnection
+
 from service.errors import Conflict, NotFound, Unavailable, VersionRejected
 from service.replica.bank import VersionBank
 from service.store import replicas, serving
@@ -68,26 +70,25 @@ class Membership:
             present = await serving.current(conn)
         await self._pin(present)
         await self._bank.ensure(present.version_id)
-        refused = await self._refused(present.staging_id)
+        refused = [one for one in present.wanted[1:] if await self._refuses(one)]
         async with self._database.transaction() as conn:
             return await replicas.join(conn, self._id, self._bank.resident, refused)
 
-    async def _refused(self, version_id: str | None) -> str | None:
-        """The version that is being staged if it fails verification, once it was loaded if not."""
-        if version_id is None:
-            return None
+    async def _refuses(self, version_id: str) -> bool:
+        """Whether a version that is not committed fails verification; it is loaded if not."""
         try:
             await self._bank.ensure(version_id)
         except (NotFound, VersionRejected) as error:
             log.warning("joining without %s: %s", version_id, error)
-            return version_id
+            return True
         except Unavailable as error:
             log.warning("waiting for %s or for its rollout to end: %s", version_id, error)
-        return None
+        return False
 
     async def _pin(self, present: Serving) -> None:
-        wanted = (present.version_id, present.staging_id)
-        await self._bank.pin(version_id for version_id in wanted if version_id is not None)
+        """The parent too, where it is still there: it is what is gone back to."""
+        parent = () if present.parent_id is None else (present.parent_id,)
+        await self._bank.pin((*present.wanted, *parent))
 
     async def _listen(self) -> None:
         async for _ in self._database.listen(serving.CHANNEL):
@@ -107,10 +108,17 @@ class Membership:
             self._changed.clear()
 
     async def _follow(self) -> None:
-        """One heartbeat; then see whether there is something to stage."""
+        """One heartbeat; then see whether there is something to stage.
+
+        What is resident already is acknowledged with the heartbeat: a roll back is one transaction.
+        """
+        acknowledged = False
         async with self._database.transaction() as conn:
             state = await replicas.heartbeat(conn, self._id, self._bank.resident)
             present = await serving.current(conn)
+            if state is ReplicaState.READY:
+                await self._pin(present)
+                acknowledged = await self._acknowledge_resident(conn, present)
         if state is ReplicaState.FENCED:
             raise Fenced(f"Replica {self._id} did not stage in time and was fenced.")
         if state is None:
@@ -118,20 +126,25 @@ class Membership:
             self._staging_key = None
             await self._try_join()
             return
-        await self._pin(present)
-        self._follow_staging(present)
+        if _staging_key(present) != self._staging_key:
+            self._follow_staging(present, acknowledged)
 
-    def _follow_staging(self, present: Serving) -> None:
+    async def _acknowledge_resident(self, conn: AsyncConnection, present: Serving) -> bool:
+        if present.staging_id is None or _staging_key(present) == self._staging_key:
+            return False
+        digest = self._bank.digest(present.staging_id)
+        if digest is None:
+            return False
+        await replicas.acknowledge(conn, self._id, present.staging_id, digest)
+        return True
+
+    def _follow_staging(self, present: Serving, acknowledged: bool) -> None:
         """Stages beside the heartbeats: once for each time that a version is put up for staging."""
-        staging = present.staging_id
-        key = None if staging is None else (staging, present.updated_at)
-        if key == self._staging_key:
-            return
         if self._staging is not None:
             self._staging.cancel()
-        self._staging_key = key
-        if staging is not None:
-            self._staging = self._tasks.create_task(self._stage(staging))
+        self._staging_key = _staging_key(present)
+        if present.staging_id is not None and not acknowledged:
+            self._staging = self._tasks.create_task(self._stage(present.staging_id))
 
     async def _stage(self, version_id: str) -> None:
         """Load and acknowledge; a version that fails is reported, an outage is waited out."""
@@ -154,3 +167,8 @@ class Membership:
             return await self._bank.ensure(version_id), None
         except (NotFound, VersionRejected) as error:
             return None, str(error)
+
+
+def _staging_key(present: Serving) -> tuple[str, datetime] | None:
+    """Changes each time that a version is put up for staging, the same one again included."""
+    return None if present.staging_id is None else (present.staging_id, present.updated_at)

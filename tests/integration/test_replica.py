@@ -1,23 +1,32 @@
-"""The Replica deployment on real Ray Serve with a real store: two replicas through rollouts."""
+"""The Replica deployment on real Ray Serve with a real store: rollouts, routing, scaling."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from service.errors import InvalidInput, NotFound, VersionRejected
+from service.api.app import create_api
+from service.errors import InvalidInput, NotFound, Unavailable, VersionRejected, VersionUnavailable
 from service.inference import CompletionRequest
+from service.metrics import exporters
+from service.replica import deployment
 from service.replica.client import ServeInference
-from service.replica.deployment import Replica
+from service.replica.deployment import ROUTING_S, Load, load_engine
+from service.replica.running import running_replicas
 from service.settings import Settings
 from service.store import replicas, serving
 from service.store.database import Database
 from service.versions import ReplicaStatus
+from tests import paced_replicas
+from tests.paced_replicas import Asker
 from tests.tiny_model import publish, register, save_tiny_model
 from workers.models import fingerprint
 
@@ -25,11 +34,22 @@ pytestmark = pytest.mark.anyio
 
 LEASE_S = 10.0
 APP = "replicas"
+BASE = "base"
+QUERIES = 20
+ROUTER_S = 4 * ROUTING_S
+"""Until what replicas hold, and whether there are any, has come to the router, which tells nobody.
+"""
+VERSION_BYTES = 64 * 128 * 4
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="warning")
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        logging_level="warning",
+        _system_config={"metrics_report_interval_ms": 500},
+    )
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
     yield
     serve.shutdown()
@@ -37,11 +57,30 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-async def settings(tmp_path: Path) -> Settings:
-    model = save_tiny_model(tmp_path / "model")
+def settings(tmp_path: Path) -> Settings:
     return Settings(
-        model=str(model), version_store=str(tmp_path / "store"), heartbeat_s=0.2, kv_tokens=512
+        model=str(tmp_path / "model"),
+        data_dir=tmp_path,
+        version_store=str(tmp_path / "store"),
+        heartbeat_s=0.2,
+        kv_tokens=512,
+        fetch_attempts=1,
     )
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings, database: Database, database_url: str, base: str, load: Load
+) -> AsyncIterator[DeploymentHandle]:
+    """Replicas that are ready; they sign off at the end."""
+    asker = serve.deployment(Asker).options(ray_actor_options={"num_cpus": 0})
+    app = asker.bind(deployment.replicas(settings, database_url, base, load))
+    try:
+        await asyncio.to_thread(serve.run, app, name=APP, route_prefix=None)
+        yield serve.get_deployment_handle("Replica", APP)
+    finally:
+        await asyncio.to_thread(serve.delete, APP)
+    assert await live(database) == []
 
 
 @pytest.fixture
@@ -49,22 +88,13 @@ async def handle(
     cluster: None, settings: Settings, database: Database, database_url: str
 ) -> AsyncIterator[DeploymentHandle]:
     """Two ready replicas; v0 is live, v1 to v3 are published, v2 with a flipped bit."""
-    base = fingerprint(Path(settings.model))
+    base = fingerprint(save_tiny_model(Path(settings.model)))
     for version_id in ("v1", "v2", "v3"):
         publish(settings.version_store_url, version_id, base)
     await register(database, base, "v1", "v2", "v3")
     flip_a_bit(Path(settings.version_store_url) / "versions" / "v2")
-    deployment = serve.deployment(Replica).options(
-        num_replicas=2,
-        max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": 0},
-        health_check_period_s=1,
-        graceful_shutdown_timeout_s=10,
-    )
-    app = deployment.bind(settings, database_url, base)
-    yield await asyncio.to_thread(serve.run, app, name=APP, route_prefix=None)
-    await asyncio.to_thread(serve.delete, APP)
-    assert await live(database) == [], "replicas that end sign off"
+    async with running(settings, database, database_url, base, load_engine) as handle:
+        yield handle
 
 
 def flip_a_bit(version: Path) -> None:
@@ -79,8 +109,14 @@ async def live(database: Database) -> list[ReplicaStatus]:
         return await replicas.live(conn, LEASE_S)
 
 
+async def known(database: Database) -> list[ReplicaStatus]:
+    """All replicas that have not signed off, the dead ones too."""
+    async with database.transaction() as conn:
+        return await replicas.seen(conn, 3600)
+
+
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(60):
         while not await condition():
             await asyncio.sleep(0.05)
 
@@ -149,7 +185,7 @@ async def test_life_of_two_replicas(
         await anext(inference.stream(CompletionRequest("v2", "abc")))
 
     await replica_killed(inference, database, joined)
-    await replica_fenced(database)
+    await replica_fenced(inference, database)
 
 
 async def replica_killed(
@@ -171,14 +207,149 @@ async def replica_killed(
     await until(replaced)
 
 
-async def replica_fenced(database: Database) -> None:
-    """A fenced one is started again under another name."""
+async def replica_fenced(inference: ServeInference, database: Database) -> None:
+    """A fenced one is started again under another name; it refuses until then, to no one's harm."""
     present = await live(database)
     async with database.transaction() as conn:
         await replicas.fence(conn, present[0].id)
-    known = {one.id for one in present}
+    ids = {one.id for one in present}
 
     async def replaced() -> bool:
-        return any(one.id not in known for one in await live(database))
+        await asyncio.gather(answer(inference, "v0"), answer(inference, "v1"), asyncio.sleep(0.5))
+        return any(one.id not in ids for one in await live(database))
 
     await until(replaced)
+
+
+async def prepare(settings: Settings, database: Database, *version_ids: str) -> None:
+    """Versions of a base that only `paced_replicas` can be."""
+    for version_id in version_ids:
+        publish(settings.version_store_url, version_id, BASE)
+    await register(database, BASE, *version_ids)
+
+
+async def ask(inference: ServeInference, version_id: str) -> None:
+    completion = await inference.complete(CompletionRequest(version_id, "one two three"))
+    assert completion.text == f" {version_id} one two three"
+
+
+async def holding(database: Database, version_id: str) -> set[str]:
+    return {one.id for one in await live(database) if version_id in one.resident}
+
+
+async def test_routing(
+    cluster: None, settings: Settings, database: Database, database_url: str
+) -> None:
+    """Queries go where their version is, and around a replica that cannot answer."""
+    await prepare(settings, database, "v11", "v12", "v13")
+    manifest = Path(settings.version_store_url) / "versions" / "v13" / "manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    async with running(settings, database, database_url, BASE, paced_replicas.load) as handle:
+        inference = ServeInference(handle)
+        assert await running_replicas(handle) == {one.id for one in await live(database)}
+
+        async def held() -> bool:
+            return len(await holding(database, "v11")) == 1
+
+        await ask(inference, "v11")
+        await until(held)
+        await asyncio.sleep(ROUTER_S)
+        await asyncio.gather(*(ask(inference, "v11") for _ in range(QUERIES)))
+        assert await held()
+
+        # One call's queries are told apart, though Serve gives them the same id.
+        asker = serve.get_deployment_handle("Asker", APP)
+        requests = [CompletionRequest("v12", f"choice {number}") for number in range(QUERIES)]
+        texts = await asker.ask.remote(requests)
+        assert texts == [f" v12 choice {number}" for number in range(QUERIES)]
+
+        # Nobody can read its manifest: each is asked once, and says so.
+        with pytest.raises(VersionUnavailable, match="No replica can answer with v13 now"):
+            await inference.complete(CompletionRequest("v13", "one"))
+        with pytest.raises(VersionUnavailable, match="v13"):
+            await anext(inference.stream(CompletionRequest("v13", "one")))
+        await exported(settings, database, inference)
+
+
+async def exported(settings: Settings, database: Database, inference: ServeInference) -> None:
+    """A scrape through the api shows what `test_routing` has done."""
+    app = create_api(settings, database, inference, exporters)
+    transport = httpx.ASGITransport(app)
+    page = ""
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+
+        async def told() -> bool:
+            nonlocal page
+            answer = await client.get("/metrics")
+            assert answer.status_code == 200
+            assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+            page = answer.text
+            return total(page, "queries_total", version="v13") == 2
+
+        await until(told)
+    asked = QUERIES + 1
+    assert total(page, "queries_total", version="v11", outcome="answered") == asked
+    assert total(page, "queries_total", version="v13", outcome="unavailable") == 2
+    assert total(page, "query_retries_total", reason="refused") == 4
+    assert total(page, "prompt_tokens_total", version="v11") == 3 * asked
+    assert total(page, "completion_tokens_total", version="v11") == 4 * asked
+    assert total(page, "time_to_first_token_seconds_count") >= asked
+    assert total(page, "inter_token_seconds_count") >= 4 * asked
+    assert total(page, "stage_seconds_count") >= 1
+    assert total(page, "resident_versions") == 3
+    assert total(page, "resident_bytes") == VERSION_BYTES
+
+
+def total(page: str, name: str, **tags: str) -> float:
+    """Over all processes and the tags that are not named."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == f"ray_errata_{name}" and tags.items() <= sample.labels.items()
+    )
+
+
+async def test_scale_to_zero_and_back(
+    cluster: None, settings: Settings, database: Database, database_url: str
+) -> None:
+    """An idle service has no replica; a query wakes one, which holds what is committed."""
+    await prepare(settings, database, "v21")
+    await commit(database, "v21")
+    settings = settings.replace(replicas=1, replicas_min=0, replicas_max=1, scale_down_after_s=1)
+    async with running(settings, database, database_url, BASE, paced_replicas.load) as handle:
+        inference = ServeInference(handle)
+
+        async def gone() -> bool:
+            return await known(database) == [] and await running_replicas(handle) == set()
+
+        await until(gone)
+        await asyncio.sleep(ROUTER_S)
+        with pytest.raises(Unavailable, match=r"within 0\.2 s.*try again soon"):
+            await ask(ServeInference(handle, answer_s=0.2), "v21")
+        await ask(inference, "v21")
+        (woken,) = await live(database)
+        assert "v21" in woken.resident
+        assert await running_replicas(handle) == {woken.id}
+
+        # Ended while it answers: it answers to the end, then signs off.
+        request = CompletionRequest("v21", " ".join(["word"] * 100), 101)
+        chunks = inference.stream(request)
+        text = (await anext(chunks)).text
+        deleted = asyncio.create_task(asyncio.to_thread(serve.delete, APP))
+        async for chunk in chunks:
+            text += chunk.text
+        assert text == " v21" + " word" * 100
+        await deleted
+        assert await known(database) == []
+
+
+async def commit(database: Database, version_id: str) -> None:
+    """With a replica that comes and goes for it."""
+    async with database.transaction() as conn:
+        await replicas.join(conn, "passing", ())
+        present = await serving.request(conn, version_id)
+        await replicas.acknowledge(conn, "passing", version_id, "digest")
+        await serving.commit(conn, version_id, present.generation, ["passing"])
+        await replicas.leave(conn, "passing")

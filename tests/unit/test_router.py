@@ -1,0 +1,78 @@
+"""Which replicas the router puts forward, and in which order."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+from ray.serve.request_router import PendingRequest, ReplicaID
+
+from service.inference import CompletionRequest
+from service.replica.router import RESIDENT, VersionRouter
+
+pytestmark = pytest.mark.anyio
+
+DEPLOYMENT = DeploymentID("Replica")
+
+
+class Listed:
+    """A replica as Serve lists it."""
+
+    max_ongoing_requests = 1
+
+    def __init__(self, name: str, *resident: str) -> None:
+        self.replica_id = ReplicaID(name, DEPLOYMENT)
+        self.routing_stats = {RESIDENT: list(resident)} if resident else {}
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return 0
+
+
+@pytest.fixture
+def router() -> VersionRouter:
+    made = VersionRouter(DEPLOYMENT, DeploymentHandleSource.UNKNOWN)
+    made.initialize_state()
+    return made
+
+
+async def ranks(router: VersionRouter, replicas: Sequence[Listed], *tried: str) -> list[set[str]]:
+    """Names, as they are put forward for a query of v1."""
+    pending = PendingRequest([CompletionRequest("v1", "a"), frozenset(tried)], {}, None)
+    found = await router.choose_replicas(list(replicas), pending)
+    assert pending.routing_context.should_backoff
+    return [{one.replica_id.unique_id for one in rank} for rank in found]
+
+
+async def test_who_holds_the_version_comes_first(router: VersionRouter) -> None:
+    replicas = [Listed("new"), Listed("other", "v0", "v2"), Listed("holder", "v0", "v1")]
+    assert await ranks(router, replicas) == [{"holder"}, {"new", "other"}]
+    assert await ranks(router, replicas, "holder") == [set(), {"new", "other"}]
+    assert await ranks(router, replicas, "holder", "new") == [set(), {"other"}]
+
+
+async def test_who_was_tried_comes_only_when_all_were(router: VersionRouter) -> None:
+    replicas = [Listed("a", "v1"), Listed("b")]
+    assert await ranks(router, replicas, "a", "b", "gone") == [{"a", "b"}]
+
+
+async def test_two_of_many(router: VersionRouter) -> None:
+    holders = [Listed(f"holder {number}", "v1") for number in range(9)]
+    seen = [await ranks(router, holders) for _ in range(100)]
+    assert {len(first) for first, _ in seen} == {2}
+    assert set.union(*(first for first, _ in seen)) == {one.replica_id.unique_id for one in holders}
+
+
+async def test_a_call_without_a_version(router: VersionRouter) -> None:
+    pending = PendingRequest([], {}, None)
+    assert [] not in await router.choose_replicas([Listed("a")], pending)
+    assert len(await router.choose_replicas([Listed("a"), Listed("b")])) == 1
+
+
+async def test_the_dead_do_not_come_back(router: VersionRouter) -> None:
+    """Serve goes on to list one for some seconds, whenever anything else changes."""
+    dead, alive = Listed("dead", "v1"), Listed("alive")
+    router.update_replicas([dead, alive])
+    router.on_replica_actor_died(dead.replica_id)
+    router.update_replicas([dead, alive])
+    assert [*router.curr_replicas.values()] == [alive]
+    await asyncio.sleep(0)
