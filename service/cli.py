@@ -191,11 +191,26 @@ def show_version(version_id: str, as_json: AsJson = False) -> None:
 
 
 @versions_app.command("activate")
-def activate_version(version_id: str, as_json: AsJson = False) -> None:
-    """Serve a version: roll forward or back. Returns once it is committed."""
+def activate_version(
+    version_id: str,
+    percent: Annotated[
+        float, typer.Option(help="Of the queries; below 100: serve it as a canary.")
+    ] = 100.0,
+    promote_after: Annotated[
+        float | None, typer.Option(help="Seconds after which a canary that is sound gets all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a version: roll forward or back. Returns once it is committed.
+
+    Activating the live version rolls a canary back.
+    """
+    body: dict[str, Any] = {"percent": percent}
+    if promote_after is not None:
+        body["promote_after_s"] = promote_after
     with client() as api:
-        api.post(f"/versions/{version_id}/activate", {})
-        show(display.await_live(api, version_id), as_json, display.serving)
+        api.post(f"/versions/{version_id}/activate", body)
+        show(display.await_rollout(api, version_id), as_json, display.serving)
 
 
 @app.command()

@@ -126,6 +126,8 @@ def in_format(verdict: JSON, name: str) -> str:
 
 def serving(item: JSON) -> None:
     console.print(f"{item['version']} is live (generation {item['generation']})")
+    if item["canary"]:
+        console.print("{version} answers {percent:g} % of the queries".format(**item["canary"]))
 
 
 def answers(item: JSON) -> None:
@@ -170,10 +172,13 @@ def reached(progress: JSON | None) -> str:
     return f"{epochs}, loss {progress['loss']:.3f}, {left}"
 
 
-def await_live(api: Client, version_id: str, timeout_s: float = 120.0) -> JSON:
-    """Waits until `version_id` is committed; raises `ApiError` if it is not going to be."""
+def await_rollout(api: Client, version_id: str, timeout_s: float = 120.0) -> JSON:
+    """Waits until `version_id` is committed, live or as the canary.
+
+    Raises `ApiError` if it is not going to be.
+    """
     deadline = time.monotonic() + timeout_s
-    while (item := api.get("/serving"))["version"] != version_id:
+    while (item := api.get("/serving"))["staging"] is not None or version_id not in served(item):
         if item["staging"] != version_id:
             error = api.get(f"/versions/{version_id}")["error"]
             raise ApiError(None, f"{version_id} was not activated: {error or 'given up'}")
@@ -181,3 +186,8 @@ def await_live(api: Client, version_id: str, timeout_s: float = 120.0) -> JSON:
             raise ApiError(None, f"{version_id} is still being staged after {timeout_s:g} s")
         time.sleep(0.05)
     return item
+
+
+def served(item: JSON) -> set[str]:
+    """The versions that answer queries which name none."""
+    return {item["version"], *([item["canary"]["version"]] if item["canary"] else [])}

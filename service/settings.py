@@ -8,6 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workers.contract import Offload
 
+GIB = 1 << 30
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "model"
 
 
@@ -124,8 +125,16 @@ class Settings(BaseSettings):
         return least, most
 
     @property
+    def resident_bytes(self) -> int | None:
+        return None if self.resident_gb is None else int(self.resident_gb * GIB)
+
+    @property
+    def version_cache_bytes(self) -> int:
+        return int(self.version_cache_gb * GIB)
+
+    @property
     def train_cache_bytes(self) -> int:
-        return int(self.train_cache_gb * (1 << 30))
+        return int(self.train_cache_gb * GIB)
 
     @property
     def model_path(self) -> str:

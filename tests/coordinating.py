@@ -14,7 +14,7 @@ from service.jobs import FINISHED, Job
 from service.settings import Settings
 from service.store import edits, jobs, replicas, serving, versions
 from service.store.database import Database
-from service.versions import Version
+from service.versions import Serving, Version
 from workers.contract import ProgressSink, TrainRequest, TrainResult
 from workers.models import ModelFacts
 
@@ -85,9 +85,16 @@ async def coordinating(
     settings: Settings,
     train: Train = trained,
     answers: Answers | None = None,
+    ended: frozenset[str] = frozenset(),
 ) -> AsyncIterator[Coordinator]:
+    """The rows are the replicas; those `ended` run no more, whatever their lease."""
+
+    async def running() -> set[str]:
+        async with store.transaction() as conn:
+            return {one.id for one in await replicas.seen(conn, settings.lease_s)} - ended
+
     coordinator = Coordinator(
-        settings, database_url, BASE, NoTemplate(), answers or Answers(), train
+        settings, database_url, BASE, NoTemplate(), answers or Answers(), running, train
     )
     try:
         yield coordinator
@@ -130,6 +137,11 @@ async def acknowledge_staging(store: Database, error: str | None = None) -> str:
         await replicas.heartbeat(conn, "a", [version_id])
         await replicas.acknowledge(conn, "a", version_id, digest, error)
     return version_id
+
+
+async def served(store: Database) -> Serving:
+    async with store.transaction() as conn:
+        return await serving.current(conn)
 
 
 async def all_edits(store: Database) -> list[Edit]:

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from service.edits import NewEdit
+from service.replica.fetching import Fetcher
 from service.store import edits, jobs, versions
 from service.store.database import Database
 from workers.artifact import Lineage, Manifest, write_manifest, write_slice
@@ -15,6 +16,7 @@ from workers.contract import Hparams, TrainResult
 
 TUNED = "model.layers.1.mlp.down_proj.weight"
 SHAPE = (64, 128)
+BYTES = SHAPE[0] * SHAPE[1] * 4
 CONTEXT = 512
 
 
@@ -82,6 +84,18 @@ def publish(store: str, version_id: str, base_fingerprint: str) -> Manifest:
         created_at=datetime.now(UTC),
     )
     return write_manifest(store, lineage, slices)
+
+
+def stored(store: str, base_fingerprint: str) -> Fetcher:
+    """The versions published in a local folder."""
+    return Fetcher(
+        store,
+        base_fingerprint,
+        Path(store) / "cache",
+        cache_bytes=1 << 30,
+        timeout_s=5.0,
+        attempts=1,
+    )
 
 
 async def register(database: Database, base_fingerprint: str, *version_ids: str) -> None:

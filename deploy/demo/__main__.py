@@ -159,7 +159,7 @@ def roll_back(api: Client, watch: Stopwatch, prompt: str) -> None:
 
 def activate(api: Client, version: str) -> None:
     api.post(f"/versions/{version}/activate", {})
-    display.await_live(api, version)
+    display.await_rollout(api, version)
 
 
 def how_to_use(service: subprocess.Popen[str], url: str) -> None:

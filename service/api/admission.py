@@ -1,11 +1,13 @@
 """Which version answers a query: decided here, once, before any replica sees it.
 
-Follows the committed version by notification and by a poll; while the database is away it goes
-on with what it knew last.
+Follows what is committed by notification, which carries it, and by a poll; while the database is
+away it goes on with what it knew last, and never goes back to an earlier generation.
 """
 
 import asyncio
+import hashlib
 import logging
+import random
 import re
 import time
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from service.errors import NotFound, Unavailable
 from service.store import serving, versions
 from service.store.database import Database
-from service.versions import BASE_VERSION, Serving, VersionState
+from service.versions import BASE_VERSION, Canary, Committed, VersionState
 
 POLL_S = 1.0
 KNOWN_FOR_S = 5.0
@@ -35,36 +37,38 @@ class Admission:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._serving: Serving | None = None
+        self._committed: Committed | None = None
         self._usable: dict[str, float] = {BASE_VERSION: float("inf")}
         """When each version was last seen usable, in seconds of the monotonic clock."""
-        self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Learn what is served, if the database can be reached, and follow it."""
         await self._refresh()
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._follow())]
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._poll())]
 
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def resolve(self, model: str) -> Admitted:
+    async def resolve(
+        self, model: str, *, sticky: str | None = None, at_least: int = 0
+    ) -> Admitted:
         """The version for `errata`, `errata@v12` or `errata@base`.
 
-        `NotFound` for another model, and for a version that does not exist or was rejected;
-        `Unavailable` before the first contact with the database.
+        `errata` is the committed version or, for its share of the queries, the canary: queries
+        with the same `sticky` key get the same one. `at_least` is a generation that the answer
+        must not be older than. `NotFound` for another model, and for a version that does not exist
+        or was rejected; `Unavailable` before the first contact with the database, and if the
+        generation asked for is not reached.
         """
-        now = self._serving
-        if now is None:
-            raise Unavailable("what is served is not known yet; try again soon")
+        now = await self._reached(at_least)
         name, _, wanted = model.partition("@")
         if name != "errata" or (not wanted and model != name):
             raise NotFound(f"no model {model!r}; there are errata, errata@base and errata@vN")
         if not wanted:
-            return Admitted(now.version_id, now.generation)
+            return Admitted(_share(now, sticky), now.generation)
         version_id = BASE_VERSION if wanted == "base" else wanted
         if version_id != now.version_id:
             await self._require_usable(model, version_id)
@@ -88,23 +92,52 @@ class Admission:
             raise NotFound(f"{version_id} was rejected: {version.error}")
         self._usable[version_id] = time.monotonic()
 
-    async def _listen(self) -> None:
-        async for _ in self._database.listen(serving.CHANNEL):
-            self._changed.set()
+    async def _reached(self, generation: int) -> Committed:
+        if self._committed is None or self._committed.generation < generation:
+            await self._refresh()
+        now = self._committed
+        if now is None:
+            raise Unavailable("what is served is not known yet; try again soon")
+        if now.generation < generation:
+            raise Unavailable(
+                f"generation {generation} was asked for, and {now.generation} is the newest known "
+                "here; try again soon"
+            )
+        return now
 
-    async def _follow(self) -> None:
+    async def _listen(self) -> None:
+        async for payload in self._database.listen(serving.CHANNEL):
+            self._learn(serving.announced(payload))
+
+    async def _poll(self) -> None:
         while True:
-            try:
-                async with asyncio.timeout(POLL_S):
-                    await self._changed.wait()
-            except TimeoutError:
-                self._changed.set()
-            self._changed.clear()
+            await asyncio.sleep(POLL_S)
             await self._refresh()
 
     async def _refresh(self) -> None:
         try:
             async with self._database.transaction() as conn:
-                self._serving = await serving.current(conn)
+                self._learn((await serving.current(conn)).committed)
         except Unavailable as error:
             log.warning("serving the last known version: %s", error)
+
+    def _learn(self, committed: Committed) -> None:
+        if self._committed is None or committed.generation > self._committed.generation:
+            self._committed = committed
+
+
+def _share(now: Committed, sticky: str | None) -> str:
+    """The canary for its percentage of the keys (of the queries that have none), else the live one.
+
+    A key that has the canary keeps it when the percentage grows.
+    """
+    if now.canary is None:
+        return now.version_id
+    place = random.random() if sticky is None else _place(now.canary, sticky)
+    return now.canary.version_id if 100 * place < now.canary.percent else now.version_id
+
+
+def _place(canary: Canary, sticky: str) -> float:
+    """Of a key, in [0, 1), evenly; another one for another canary."""
+    digest = hashlib.sha256(f"{canary.version_id} {sticky}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2.0**64

@@ -9,9 +9,9 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Header, Response
 from fastapi.responses import StreamingResponse
 
 from service.api.admission import Admitted
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1", tags=["completions"])
 
 SEEDS = 2**63
+MinGeneration = Annotated[int, Header(ge=0, lt=2**63)]
+Session = Annotated[str | None, Header(min_length=1, max_length=255)]
 
 
 @router.post("/completions", response_model=CompletionAnswer)
@@ -44,11 +46,20 @@ async def complete(
     settings: SettingsDep,
     admission: AdmissionDep,
     inference: InferenceDep,
+    x_errata_min_generation: MinGeneration = 0,
+    x_errata_session: Session = None,
 ) -> CompletionAnswer | StreamingResponse:
-    """Completes prompts with the committed version, or with the one that `model` names."""
+    """Completes prompts with the committed version, or with the one that `model` names.
+
+    While there is a canary, queries of one `user`, or of one X-Errata-Session, are all answered by
+    the same version. X-Errata-Min-Generation: the answer is of that generation or a later one.
+    """
     if misfit := body.misfit(settings.max_new_tokens):
         raise InvalidInput(" ".join(misfit), (FieldError(*misfit),))
-    answer = Answer(body, await admission.resolve(body.model))
+    sticky = x_errata_session if body.user is None else body.user
+    answer = Answer(
+        body, await admission.resolve(body.model, sticky=sticky, at_least=x_errata_min_generation)
+    )
     if body.stream:
         return await answer.streamed(inference)
     response.headers.update(answer.headers)

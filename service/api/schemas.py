@@ -15,12 +15,22 @@ from pydantic import (
     StrictInt,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 
 from service.edits import Edit, EditEvent, EditState, NewEdit
 from service.errors import FieldError, InvalidInput
 from service.jobs import Job, JobKind, JobState
-from service.versions import ReplicaState, ReplicaStatus, Serving, Verdict, Version, VersionState
+from service.versions import (
+    Canary,
+    GateFinding,
+    ReplicaState,
+    ReplicaStatus,
+    Serving,
+    Verdict,
+    Version,
+    VersionState,
+)
 from workers.contract import Format, Hparams, LocalityProbe, Progress
 from workers.evaluation import FormatVerdict
 
@@ -286,6 +296,9 @@ class VersionOut(BaseModel):
     metrics: Mapping[str, float]
     edits: int
     error: str | None
+    gate: GateFinding | None
+    """What it answered before it was let serve; null before it was asked."""
+    activated_at: datetime | None
     created_at: datetime
     updated_at: datetime
 
@@ -306,6 +319,23 @@ class VersionPage(BaseModel):
     next_cursor: str | None
 
 
+class ActivateBody(BaseModel):
+    """`POST /versions/{id}/activate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    percent: float = Field(default=100, gt=0, le=100)
+    """Of the queries that name no version; below 100, the version is a canary."""
+    promote_after_s: float | None = Field(default=None, gt=0, le=30 * 86_400)
+    """A canary is promoted by itself after so many seconds, if the gate lets it pass again."""
+
+    @model_validator(mode="after")
+    def _of_a_canary(self) -> Self:
+        if self.promote_after_s is not None and self.percent == 100:
+            raise ValueError("promote_after_s is for a canary: give a percent below 100 with it")
+        return self
+
+
 class ReplicaOut(BaseModel):
     id: str
     state: ReplicaState
@@ -319,10 +349,23 @@ class ReplicaOut(BaseModel):
         return cls.model_validate({**vars(replica), "staged_at": staged.get(version_id)})
 
 
+class CanaryOut(BaseModel):
+    version: str
+    percent: float
+    promote_at: datetime | None
+
+    @classmethod
+    def of(cls, canary: Canary) -> Self:
+        return cls(version=canary.version_id, percent=canary.percent, promote_at=canary.promote_at)
+
+
 class ServingOut(BaseModel):
     generation: int
     version: str
     staging: str | None
+    staging_percent: float | None
+    """The share that the version being staged will have as a canary; null: all."""
+    canary: CanaryOut | None
     replicas: list[ReplicaOut]
 
     @classmethod
@@ -332,5 +375,7 @@ class ServingOut(BaseModel):
             generation=serving.generation,
             version=serving.version_id,
             staging=serving.staging_id,
+            staging_percent=serving.staging_percent,
+            canary=None if serving.canary is None else CanaryOut.of(serving.canary),
             replicas=[ReplicaOut.of(replica, shown) for replica in replicas],
         )

@@ -4,6 +4,7 @@ from fastapi import APIRouter
 
 from service.api.dependencies import Cursor, DatabaseDep, IdInPath, Limit, SettingsDep
 from service.api.schemas import (
+    ActivateBody,
     ServingOut,
     VerdictOut,
     VersionOut,
@@ -47,10 +48,20 @@ async def show(
 
 @router.post("/{version_id}/activate", status_code=202)
 async def activate(
-    version_id: IdInPath, database: DatabaseDep, settings: SettingsDep
+    version_id: IdInPath,
+    database: DatabaseDep,
+    settings: SettingsDep,
+    body: ActivateBody = ActivateBody(),  # noqa: B008  frozen
 ) -> ServingOut:
-    """Begins the rollout of a version, newer or older; GET /serving shows when it is committed."""
+    """Begins the rollout of a version, newer or older; GET /serving shows when it is committed.
+
+    With `percent`, as a canary for that share of the queries; activated again without, it is
+    promoted. Activating the live version rolls a canary back.
+    """
+    percent = None if body.percent == 100 else body.percent
     async with database.transaction() as conn:
-        now = await serving.request(conn, version_id)
+        now = await serving.request(
+            conn, version_id, percent=percent, promote_after_s=body.promote_after_s
+        )
         present = await replicas.seen(conn, settings.lease_s)
     return ServingOut.of(now, present)

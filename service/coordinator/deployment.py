@@ -3,11 +3,11 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from contextlib import suppress
 
 from service.coordinator.pipeline import BaseModel, Pipeline, Train
 from service.coordinator.policy import Policy
-from service.coordinator.rollout import Rollout
+from service.coordinator.rollout import Rollout, Running
 from service.edits import EditState
 from service.errors import Unavailable
 from service.inference import Inference
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 PRUNE_S = 60.0
+STATEMENT_S = 600.0
+"""Those about all edits of a job take long; a server that is away is noticed by the lock's loss."""
 FORGET_LEASES = 10
 """A replica without a heartbeat for so many leases is forgotten."""
 
@@ -30,7 +32,7 @@ class Coordinator:
     """While it leads, drives jobs one after the other and rollouts beside them.
 
     Made in a running event loop. `tokenizer` is the base model's; `inference` is the replicas, to
-    examine versions with; `train` blocks.
+    examine versions with, `running` tells which of them run; `train` blocks.
     """
 
     def __init__(
@@ -40,17 +42,18 @@ class Coordinator:
         base: BaseModel,
         tokenizer: ChatTokenizer,
         inference: Inference,
+        running: Running,
         train: Train,
     ) -> None:
         self._settings = settings
         self._leadership = Leadership(database_url)
-        self._database = Database(database_url)
+        self._database = Database(database_url, answer_s=STATEMENT_S)
         self._pipeline = Pipeline(
             self._database, database_url, settings, base, tokenizer, inference, train
         )
-        self._rollout = Rollout(self._database, settings)
+        self._rollout = Rollout(self._database, inference, settings, running)
         self._policy = Policy(settings.job_after_edits, settings.job_after_s)
-        self._woken = asyncio.Condition()
+        self._wakers: set[asyncio.Event] = set()
         self._main = asyncio.create_task(self._run())
 
     async def check_health(self) -> None:
@@ -67,7 +70,7 @@ class Coordinator:
     async def _run(self) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
-                for channel in (jobs.CHANNEL, serving.CHANNEL):
+                for channel in (jobs.CHANNEL, serving.CHANNEL, replicas.CHANNEL):
                     tasks.create_task(self._listen(channel))
                 tasks.create_task(self._lead())
         except Exception:
@@ -77,8 +80,8 @@ class Coordinator:
 
     async def _listen(self, channel: str) -> None:
         async for _ in self._database.listen(channel):
-            async with self._woken:
-                self._woken.notify_all()
+            for waker in self._wakers:
+                waker.set()
 
     async def _lead(self) -> None:
         while True:
@@ -87,7 +90,7 @@ class Coordinator:
             work = [
                 asyncio.create_task(self._watch_lock()),
                 asyncio.create_task(self._repeat(self._do_job)),
-                asyncio.create_task(self._repeat(self._rollout.drive)),
+                asyncio.create_task(self._repeat(self._rollout.step)),
                 asyncio.create_task(self._repeat(self._prune)),
             ]
             try:
@@ -107,22 +110,22 @@ class Coordinator:
         log.warning("no longer leading: the connection that held the lock was lost")
 
     async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            try:
-                await step()
-            except Unavailable as error:
-                log.warning("trying again: %s", error)
-                await asyncio.sleep(POLL_S)
-            await self._wait()
-
-    async def _wait(self) -> None:
-        """Until something was announced, or for the poll interval."""
-        async with self._woken:
-            try:
-                async with asyncio.timeout(POLL_S):
-                    await self._woken.wait()
-            except TimeoutError:
-                return
+        """At once, then at every announcement, also of one that came during a step; and polls."""
+        woken = asyncio.Event()
+        self._wakers.add(woken)
+        try:
+            while True:
+                woken.clear()
+                try:
+                    await step()
+                except Unavailable as error:
+                    log.warning("trying again: %s", error)
+                    await asyncio.sleep(POLL_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S):
+                        await woken.wait()
+        finally:
+            self._wakers.remove(woken)
 
     async def _prune(self) -> None:
         async with self._database.transaction() as conn:
@@ -133,8 +136,7 @@ class Coordinator:
     async def _do_job(self) -> None:
         async with self._database.transaction() as conn:
             job = await jobs.next_unfinished(conn)
-            oldest = await edits.oldest_queued_at(conn)
-            age = datetime.now(UTC) - oldest if oldest else None
+            age = await edits.oldest_queued_age(conn)
             if job is None and self._policy.due(await edits.count(conn, EditState.QUEUED), age):
                 job = await jobs.create(
                     conn, kind=JobKind.EXTEND, activate=True, recheck=self._settings.recheck

@@ -3,7 +3,7 @@
 Time is the database's, never a replica's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,23 +16,29 @@ from service.store.edit_states import among
 from service.store.tables import acknowledgements, replicas, serving
 from service.versions import BASE_VERSION, ReplicaState, ReplicaStatus, StagedVersion
 
+CHANNEL = "errata_replicas"
+"""Notified when a replica joined, left or acknowledged a version."""
+
 
 async def join(
-    conn: AsyncConnection, replica_id: str, resident: Sequence[str], refused: str | None = None
+    conn: AsyncConnection,
+    replica_id: str,
+    resident: Sequence[str],
+    refused: Collection[str] = (),
 ) -> bool:
     """Take a replica in (or back, after a fence), if it holds what is or is about to be served.
 
     False: something of that is not in `resident`; load it and try again. A version that is only
-    being staged may be `refused` instead: it fails verification, and the replica, once it has
-    joined, acknowledges that.
+    being staged, or a canary, may be among `refused` instead: it fails verification, and the
+    replica, once it has joined, acknowledges that.
     """
-    query = select(serving.c.version_id, serving.c.staging_id)
+    query = select(serving.c.version_id, serving.c.staging_id, serving.c.canary_id)
     now = (await conn.execute(query.with_for_update(read=True))).one_or_none()
     if now is None:
         return False
     if now.version_id not in {*resident, BASE_VERSION}:
         return False
-    if now.staging_id not in {*resident, BASE_VERSION, refused, None}:
+    if not {now.staging_id, now.canary_id} <= {*resident, BASE_VERSION, *refused, None}:
         return False
     row = {"state": ReplicaState.READY, "resident": list(resident)}
     await conn.execute(
@@ -42,6 +48,7 @@ async def join(
             index_elements=[replicas.c.id], set_={**row, "heartbeat_at": func.clock_timestamp()}
         )
     )
+    await _notify(conn, replica_id)
     return True
 
 
@@ -63,8 +70,8 @@ async def acknowledge(
     conn: AsyncConnection,
     replica_id: str,
     version_id: str,
-    digest: str | None,
-    error: str | None,
+    digest: str | None = None,
+    error: str | None = None,
 ) -> None:
     """Record that a replica loaded a version (its digest) or why it could not (`error`).
 
@@ -83,6 +90,7 @@ async def acknowledge(
     )
     if result.rowcount == 0:
         raise Conflict(f"replica {replica_id} has not joined")
+    await _notify(conn, replica_id)
 
 
 async def live(conn: AsyncConnection, lease_s: float) -> list[ReplicaStatus]:
@@ -119,6 +127,7 @@ async def fence(conn: AsyncConnection, replica_id: str) -> None:
 async def leave(conn: AsyncConnection, replica_id: str) -> None:
     """Forget a replica that ends."""
     await conn.execute(delete(replicas).where(replicas.c.id == replica_id))
+    await _notify(conn, replica_id)
 
 
 async def prune(conn: AsyncConnection, older_than_s: float) -> int:
@@ -161,6 +170,10 @@ async def require_staged(
         one for one, held in resident.items() if one not in digests and version_id not in held
     ]
     await _fence(conn, among(replicas.c.id, without))
+
+
+async def _notify(conn: AsyncConnection, replica_id: str) -> None:
+    await conn.execute(select(func.pg_notify(CHANNEL, replica_id)))
 
 
 async def _fence(conn: AsyncConnection, which: ColumnElement[bool]) -> None:

@@ -119,6 +119,8 @@ versions = Table(
     Column("metrics", JSONB, nullable=False, server_default="{}"),
     Column("edits", Integer, nullable=False, server_default="0"),
     Column("error", Text),
+    # What the gate found; null before it was asked.
+    Column("gate", JSONB),
     Column("activated_at", Timestamp),
     _created(),
     _updated(),
@@ -221,9 +223,19 @@ serving = Table(
     Column("generation", BigInteger, nullable=False),
     Column("version_id", Text, ForeignKey("versions.id"), nullable=False),
     Column("staging_id", Text, ForeignKey("versions.id")),
+    # As a canary for so many percent of the queries; null: for all of them.
+    Column("staging_percent", Float),
+    Column("staging_promote_after_s", Float),
+    Column("canary_id", Text, ForeignKey("versions.id")),
+    Column("canary_percent", Float),
+    Column("canary_promote_at", Timestamp),
     _updated(),
     CheckConstraint("id = 1", name="one_row"),
     CheckConstraint("staging_id <> version_id", name="staging_is_another"),
+    CheckConstraint("canary_id <> version_id", name="canary_is_another"),
+    CheckConstraint("(canary_id IS NULL) = (canary_percent IS NULL)", name="canary_has_a_share"),
+    CheckConstraint("canary_percent > 0 AND canary_percent < 100", name="canary_percent"),
+    CheckConstraint("staging_percent > 0 AND staging_percent < 100", name="staging_percent"),
 )
 
 replicas = Table(

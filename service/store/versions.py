@@ -11,7 +11,14 @@ from service.errors import ConfigurationError, Conflict, NotFound
 from service.store import cursors
 from service.store.edit_states import among
 from service.store.tables import serving, version_edits, version_numbers, versions
-from service.versions import BASE_VERSION, VERSION_TRANSITIONS, Verdict, Version, VersionState
+from service.versions import (
+    BASE_VERSION,
+    VERSION_TRANSITIONS,
+    GateFinding,
+    Verdict,
+    Version,
+    VersionState,
+)
 
 ROWS_AT_ONCE = 1000
 
@@ -219,6 +226,8 @@ def _version(row: Row[Any]) -> Version:
         metrics=row.metrics,
         edits=row.edits,
         error=row.error,
+        gate=row.gate and GateFinding.model_validate(row.gate),
+        activated_at=row.activated_at,
         created_at=row.created_at,
         updated_at=row.updated_at,
     )

@@ -85,7 +85,7 @@ def test_a_swap_under_load_is_never_mixed(service: ServiceProcess, job: JSON) ->
     for version in ("v0", job["version"]) * 3:
         api.post(f"/versions/{version}/activate", {})
         before = len(seen)
-        assert display.await_live(api, version)["version"] == version
+        assert display.await_rollout(api, version)["version"] == version
         while len(seen) < before + 20 and any(client.is_alive() for client in clients):
             stop.wait(0.01)
     stop.set()
@@ -101,10 +101,10 @@ def test_rollback_gives_the_old_answers(service: ServiceProcess, job: JSON) -> N
     base = ask(api, prompts, "errata@base")
     generation = api.get("/serving")["generation"]
     api.post("/versions/v0/activate", {})
-    assert display.await_live(api, "v0")["generation"] > generation
+    assert display.await_rollout(api, "v0")["generation"] > generation
     assert ask(api, prompts) == base
     api.post(f"/versions/{job['version']}/activate", {})
-    display.await_live(api, job["version"])
+    display.await_rollout(api, job["version"])
 
 
 def test_a_job_with_nothing_queued_says_so(service: ServiceProcess, job: JSON) -> None:

@@ -20,7 +20,7 @@ from service.replica.local import LocalInference
 from service.replica.transformers_engine import TransformersEngine
 from service.settings import Settings
 from service.store.database import Database
-from tests.tiny_model import publish, register, save_tiny_model
+from tests.tiny_model import publish, register, stored, save_tiny_model
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +36,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> TransformersEngine:
 @pytest.fixture
 async def inference(engine: TransformersEngine, tmp_path: Path) -> AsyncIterator[Inference]:
     publish(str(tmp_path), "v1", FINGERPRINT)
-    yield LocalInference(engine, VersionBank(engine, str(tmp_path), FINGERPRINT, capacity=2))
+    yield LocalInference(
+        engine, VersionBank(engine, stored(str(tmp_path), FINGERPRINT), FINGERPRINT, capacity=2)
+    )
     await engine.close()
 
 

@@ -30,7 +30,7 @@ from service.store import claims, edits, jobs, versions
 from service.store.database import Database
 from service.versions import Verdict
 from tests.conftest import of_database
-from tests.tiny_model import publish, save_tiny_model
+from tests.tiny_model import publish, save_tiny_model, stored
 from workers.benchmark_sets import BadBenchmarkSet
 from workers.contract import LocalityProbe
 from workers.errors import BadHparams
@@ -75,7 +75,9 @@ def url(
     store = str(tmp_path_factory.mktemp("store"))
     publish(store, "v1", FINGERPRINT)
     engine = TransformersEngine.load(model, Sizes(kv_tokens=1024), threads=1)
-    inference = LocalInference(engine, VersionBank(engine, store, FINGERPRINT, capacity=2))
+    inference = LocalInference(
+        engine, VersionBank(engine, stored(store, FINGERPRINT), FINGERPRINT, capacity=2)
+    )
     settings = Settings(model=str(model))
     app = create_api(settings, Database(database_of_module), inference)
     server = Server(uvicorn.Config(app, port=0, log_level="warning"))

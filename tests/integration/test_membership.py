@@ -2,21 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from service.errors import NotFound, VersionRejected
+from service.errors import NotFound, Unavailable, VersionRejected
 from service.replica.bank import VersionBank
 from service.replica.echo import EchoEngine
 from service.replica.membership import Fenced, Membership
 from service.store import replicas, serving
 from service.store.database import Database
 from service.versions import ReplicaStatus, StagedVersion
-from tests.tiny_model import publish, register
+from tests.tiny_model import publish, register, stored
 
 pytestmark = pytest.mark.anyio
 
@@ -28,7 +28,10 @@ class Member:
     """A replica without Serve or a model: `run` is its background task."""
 
     def __init__(self, database: Database, store: Path) -> None:
-        self.bank = VersionBank(EchoEngine(), str(store), FINGERPRINT, capacity=2)
+        self.engine = EchoEngine()
+        self.bank = VersionBank(
+            self.engine, stored(str(store), FINGERPRINT), FINGERPRINT, capacity=2
+        )
         self.membership = Membership("replica", database, self.bank, heartbeat_s=0.05)
         self.running: asyncio.Task[None] | None = None
 
@@ -60,9 +63,15 @@ async def status(database: Database) -> ReplicaStatus | None:
     return next(iter(found), None)
 
 
-async def request(database: Database, version_id: str) -> None:
+async def request(database: Database, version_id: str, percent: float | None = None) -> None:
     async with database.transaction() as conn:
-        await serving.request(conn, version_id)
+        await serving.request(conn, version_id, percent=percent)
+
+
+async def roll_out(database: Database, version_id: str, percent: float | None = None) -> None:
+    await request(database, version_id, percent)
+    await acknowledgement(database, version_id)
+    await commit(database, version_id)
 
 
 async def acknowledgement(database: Database, version_id: str) -> StagedVersion:
@@ -99,6 +108,42 @@ async def test_it_stages_acknowledges_and_keeps_what_is_committed(
         await request(database, "v2")
         await acknowledgement(database, "v2")
         assert set(member.bank.resident) == {"v0", "v1", "v2"}
+
+
+async def test_what_is_resident_is_acknowledged_without_being_loaded_again(
+    database: Database, store: Path
+) -> None:
+    async with joined(database, store) as member:
+        for version_id in ("v1", "v2", "v1", "v0", "v2"):
+            await roll_out(database, version_id)
+        assert member.engine.stagings == ["v1", "v2"]
+
+
+async def test_the_canary_and_the_parent_of_what_is_live_are_kept(
+    database: Database, store: Path
+) -> None:
+    publish(str(store), "v3", FINGERPRINT)
+    publish(str(store), "v4", FINGERPRINT)
+    async with joined(database, store) as member:
+        await roll_out(database, "v1")
+        await roll_out(database, "v2", percent=5.0)
+        for other in ("v3", "v4"):
+            with suppress(Unavailable):
+                await member.bank.ensure(other)
+        assert {"v1", "v2"} <= set(member.bank.resident)
+    late = Member(database, store)
+    await late.membership.join()
+    assert set(late.bank.resident) == {"v0", "v1", "v2"}
+
+
+async def test_a_rotten_canary_keeps_no_replica_from_joining(
+    database: Database, store: Path
+) -> None:
+    async with joined(database, store):
+        await roll_out(database, "v2", percent=5.0)
+    next((store / "versions" / "v2").glob("*.safetensors")).write_bytes(b"rotten")
+    async with joined(database, store) as member:
+        assert member.bank.resident == ("v0",)
 
 
 async def test_it_is_not_counted_before_it_holds_what_is_committed(

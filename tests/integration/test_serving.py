@@ -1,7 +1,6 @@
 """The serving row: one live version, a generation that only grows, replicas that hold it."""
 
 import asyncio
-import json
 
 import pytest
 from sqlalchemy import text
@@ -12,7 +11,7 @@ from service.errors import Conflict, NotFound, Unavailable
 from service.store import edits, jobs, replicas, serving, versions
 from service.store.database import Database
 from service.store.leadership import Leadership
-from service.versions import ReplicaState, Serving, Version, VersionState
+from service.versions import Committed, ReplicaState, Serving, Version, VersionState
 
 pytestmark = pytest.mark.anyio
 
@@ -220,11 +219,8 @@ async def test_every_change_is_announced(store: Database) -> None:
     first = asyncio.ensure_future(anext(heard))
     await listening(store)
     await activate(store, "v1", "a")
-    messages = [json.loads(await first), json.loads(await anext(heard))]
-    assert messages == [
-        {"generation": 1, "version_id": "v0", "staging_id": "v1"},
-        {"generation": 2, "version_id": "v1", "staging_id": None},
-    ]
+    told = [serving.announced(payload) for payload in (await first, await anext(heard))]
+    assert told == [Committed(1, "v0"), Committed(2, "v1")]
     await heard.aclose()
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from service.errors import NotFound, Unavailable, VersionRejected
+from service.errors import NotFound, Unavailable, VersionRejected, VersionUnavailable
 from service.replica.bank import VersionBank
 from service.replica.echo import EchoEngine
-from tests.tiny_model import TUNED, publish, tuned_tensor
+from tests.tiny_model import BYTES, TUNED, publish, stored, tuned_tensor
 
 FINGERPRINT = "f" * 64
 
@@ -27,11 +27,21 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def with_bank(
-    store: str, work: Callable[[EchoEngine, VersionBank], Awaitable[Any]], capacity: int = 2
+    store: str,
+    work: Callable[[EchoEngine, VersionBank], Awaitable[Any]],
+    capacity: int = 2,
+    capacity_bytes: int | None = None,
 ) -> Any:
     async def main() -> Any:
         engine = EchoEngine()
-        return await work(engine, VersionBank(engine, store, FINGERPRINT, capacity))
+        bank = VersionBank(
+            engine,
+            stored(store, FINGERPRINT),
+            FINGERPRINT,
+            capacity=capacity,
+            capacity_bytes=capacity_bytes,
+        )
+        return await work(engine, bank)
 
     return asyncio.run(main())
 
@@ -86,6 +96,27 @@ def test_the_least_recently_used_goes_first(published: str) -> None:
     with_bank(published, work)
 
 
+def test_bytes_are_bounded_too(published: str) -> None:
+    async def work(engine: EchoEngine, bank: VersionBank) -> None:
+        for version_id in ("v1", "v2", "v1", "v3"):
+            await bank.ensure(version_id)
+            assert bank.resident_bytes <= 2 * BYTES
+        assert set(bank.resident) == {"v0", "v1", "v3"} == set(engine.staged)
+        assert (bank.digest("v2"), bank.digest("v3")) == (None, await bank.ensure("v3"))
+
+    with_bank(published, work, capacity=5, capacity_bytes=2 * BYTES + 1)
+
+
+def test_a_version_larger_than_all_the_memory_is_taken_in_only_if_pinned(published: str) -> None:
+    async def work(engine: EchoEngine, bank: VersionBank) -> None:
+        with pytest.raises(VersionUnavailable, match=f"{BYTES:,} bytes.*{BYTES - 1:,} bytes"):
+            await bank.ensure("v1")
+        await bank.pin(["v1"])
+        assert await bank.ensure("v1")
+
+    with_bank(published, work, capacity_bytes=BYTES - 1)
+
+
 def test_pinned_versions_stay(published: str) -> None:
     async def work(engine: EchoEngine, bank: VersionBank) -> None:
         await bank.pin(["v1"])
@@ -105,7 +136,7 @@ def test_versions_in_flight_stay_and_the_bank_is_bounded(published: str) -> None
             for version_id in ("v1", "v2", "v2"):
                 await flights.enter_async_context(bank.use(version_id))
             assert bank.in_flight("v2") == 2
-            with pytest.raises(Unavailable, match="all 2 places"):
+            with pytest.raises(Unavailable, match=r"v3 .* cannot be staged now: a replica holds 2"):
                 await bank.ensure("v3")
             assert set(bank.resident) == {"v0", "v1", "v2"}
         assert await bank.ensure("v3")

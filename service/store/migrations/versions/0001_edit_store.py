@@ -61,6 +61,7 @@ CREATE TABLE versions (
     metrics JSONB DEFAULT '{}' NOT NULL,
     edits INTEGER DEFAULT '0' NOT NULL,
     error TEXT,
+    gate JSONB,
     activated_at TIMESTAMP WITH TIME ZONE,
     created_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
     updated_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
@@ -105,12 +106,23 @@ CREATE TABLE serving (
     generation BIGINT NOT NULL,
     version_id TEXT NOT NULL,
     staging_id TEXT,
+    staging_percent FLOAT,
+    staging_promote_after_s FLOAT,
+    canary_id TEXT,
+    canary_percent FLOAT,
+    canary_promote_at TIMESTAMP WITH TIME ZONE,
     updated_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
     CONSTRAINT pk_serving PRIMARY KEY (id),
     CONSTRAINT ck_serving_one_row CHECK (id = 1),
     CONSTRAINT ck_serving_staging_is_another CHECK (staging_id <> version_id),
+    CONSTRAINT ck_serving_canary_is_another CHECK (canary_id <> version_id),
+    CONSTRAINT ck_serving_canary_has_a_share
+        CHECK ((canary_id IS NULL) = (canary_percent IS NULL)),
+    CONSTRAINT ck_serving_canary_percent CHECK (canary_percent > 0 AND canary_percent < 100),
+    CONSTRAINT ck_serving_staging_percent CHECK (staging_percent > 0 AND staging_percent < 100),
     CONSTRAINT fk_serving_version_id FOREIGN KEY (version_id) REFERENCES versions (id),
-    CONSTRAINT fk_serving_staging_id FOREIGN KEY (staging_id) REFERENCES versions (id)
+    CONSTRAINT fk_serving_staging_id FOREIGN KEY (staging_id) REFERENCES versions (id),
+    CONSTRAINT fk_serving_canary_id FOREIGN KEY (canary_id) REFERENCES versions (id)
 );
 CREATE TABLE acknowledgements (
     replica_id TEXT NOT NULL,
@@ -182,7 +194,9 @@ BEGIN
         RAISE EXCEPTION 'the serving row is never deleted';
     END IF;
     IF NEW.generation < OLD.generation
-        OR (NEW.version_id <> OLD.version_id AND NEW.generation = OLD.generation) THEN
+        OR ((NEW.version_id, NEW.canary_id, NEW.canary_percent)
+            IS DISTINCT FROM (OLD.version_id, OLD.canary_id, OLD.canary_percent)
+            AND NEW.generation = OLD.generation) THEN
         RAISE EXCEPTION 'serving generation % (%) cannot follow % (%)',
             NEW.generation, NEW.version_id, OLD.generation, OLD.version_id;
     END IF;
