@@ -43,8 +43,12 @@ class ServiceProcess:
 
     def actor(self, name: str) -> psutil.Process:
         """The process of (one replica of) a Serve deployment."""
+        return self.actors(name)[0]
+
+    def actors(self, name: str) -> list[psutil.Process]:
+        """The processes of a Serve deployment's replicas."""
         title = f"ServeReplica:errata:{name}"
-        return next(p for p in self.processes() if title in "".join(command_line(p)[:1]))
+        return [p for p in self.processes() if title in "".join(command_line(p)[:1])]
 
     def stop(self) -> int:
         """Ctrl-C; returns the exit code."""

@@ -41,14 +41,14 @@ def reject_a_rotten_shard(service: ServiceProcess, store: Path, version: str) ->
     """The version is no longer resident when it is asked for again: its replicas were killed."""
     api = service.client
     api.post("/versions/v0/activate", {})
-    display.await_live(api, "v0")
+    display.await_rollout(api, "v0")
     answer = api.ask(EDITS[0]["prompt"])
     shard, expected = flip_a_bit(store, version)
     for _ in range(len(api.get("/serving")["replicas"])):
         service.actor("Replica").kill()
     api.post(f"/versions/{version}/activate", {})
     with pytest.raises(ApiError, match=shard) as caught:
-        display.await_live(api, version)
+        display.await_rollout(api, version)
     assert expected in caught.value.detail
     assert api.get(f"/versions/{version}")["state"] == "rejected"
     with pytest.raises(ApiError, match=shard) as again:

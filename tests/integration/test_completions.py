@@ -20,7 +20,7 @@ from service.replica.local import LocalInference
 from service.replica.transformers_engine import TransformersEngine
 from service.settings import Settings
 from service.store.database import Database
-from tests.tiny_model import publish, register, stored, save_tiny_model
+from tests.tiny_model import publish, register, save_tiny_model, stored
 
 pytestmark = pytest.mark.anyio
 
