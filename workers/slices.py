@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import fsspec
 import safetensors.torch
@@ -87,7 +87,7 @@ class Folder:
         payload: bytes = self.fs.cat_file(f"{self.path}/{file}")
         return payload
 
-    def open(self, file: str) -> BinaryIO:
+    def open(self, file: str) -> io.FileIO | io.BytesIO:
         """For reading from its beginning; what is not a local file is in memory then."""
         if self._local:
             return open(f"{self.path}/{file}", "rb", buffering=0)
@@ -186,7 +186,7 @@ def read_shard(folder: Folder, name: str, shard: Shard) -> Tensor:
     """A shard's elements, flat, verified against its digest."""
     content = torch.empty(shard.bytes, dtype=torch.uint8)
     _read(folder, shard, [content])
-    length = int.from_bytes(bytes(raw(content[:_LENGTH_BYTES])), "little")
+    length = min(int.from_bytes(bytes(raw(content[:_LENGTH_BYTES])), "little"), shard.bytes)
     dtype = _stored_dtype(folder, name, shard, bytes(raw(content[: _LENGTH_BYTES + length])))
     return content[_LENGTH_BYTES + length :].view(dtype)
 
@@ -219,32 +219,35 @@ def _read(folder: Folder, shard: Shard, parts: Sequence[Tensor]) -> None:
         raise DigestMismatch(path, shard.sha256, digest.hexdigest())
 
 
-def _fill(stream: BinaryIO, part: Tensor) -> memoryview:
+def _fill(stream: io.FileIO | io.BytesIO, part: Tensor) -> memoryview:
     """The bytes read: fewer than `part` has if the file ends before."""
     view, filled = memoryview(raw(part)), 0
-    while filled < len(view) and (count := stream.readinto(view[filled:])):  # type: ignore[attr-defined]
+    while filled < len(view) and (count := stream.readinto(view[filled:])):
         filled += count
     return view[:filled]
 
 
 def _stored_dtype(folder: Folder, name: str, shard: Shard, header: bytes) -> torch.dtype:
-    """The dtype of the elements, from a header that must name this parameter and nothing else."""
+    """The dtype of the elements; by the header they are this parameter, and all there is."""
     path = f"{folder}/{shard.file}"
     length, text = int.from_bytes(header[:_LENGTH_BYTES], "little"), header[_LENGTH_BYTES:]
-    if length != len(text) or _LENGTH_BYTES + length > shard.bytes:
-        raise ArtifactError(f"{path} is not a safetensors file of {shard.bytes} bytes")
-    found = {key: value for key, value in json.loads(text).items() if key != "__metadata__"}
-    if found.keys() != {name}:
-        raise ArtifactError(f"{path} holds {', '.join(found) or 'nothing'}, not {name}")
-    described, elements = found[name], shard.end - shard.start
-    if described["shape"] != [elements]:
-        raise ArtifactError(f"{path}: shape {described['shape']}, not {elements} elements")
-    dtype = _STORED.get(described["dtype"])
-    if dtype is None or elements * dtype.itemsize != shard.bytes - _LENGTH_BYTES - length:
-        raise ArtifactError(
-            f"{path}: {elements} elements of dtype {described['dtype']} do not make its "
-            f"{shard.bytes} bytes; float32 (F32) and bfloat16 (BF16) can be read"
-        )
+    try:
+        described = json.loads(text[:length])[name]
+        shape, kind, place = (described[key] for key in ("shape", "dtype", "data_offsets"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{path} is not a safetensors file that holds {name}") from error
+    elements, dtype = shard.end - shard.start, _STORED.get(kind)
+    if dtype is None:
+        raise ArtifactError(f"{path}: dtype {kind} cannot be read; F32 and BF16 can")
+    content_bytes = elements * dtype.itemsize
+    if shape != [elements]:
+        raise ArtifactError(f"{path}: shape {shape}, not {elements} elements")
+    if (
+        length != len(text)
+        or place != [0, content_bytes]
+        or len(header) + content_bytes != shard.bytes
+    ):
+        raise ArtifactError(f"{path} is not {elements} elements of {kind} and nothing else")
     return dtype
 
 

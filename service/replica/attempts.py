@@ -22,15 +22,15 @@ class Attempts:
     number: int
     timeout_s: float
 
-    def __call__(self, url: str, ask: Callable[[float], Found]) -> Found:
-        """What `ask` returns, given the `time.monotonic()` it must end by.
+    def __call__(self, url: str, ask: Callable[[], Found]) -> Found:
+        """What `ask` returns, which is to end within the timeout by itself.
 
         Raises `Unavailable`, naming `url`, when the last attempt failed. What is certain is raised
         at once: `FileNotFoundError`, and `ArtifactError` by what the file holds.
         """
         for attempt in range(1, self.number + 1):
             try:
-                return ask(time.monotonic() + self.timeout_s)
+                return ask()
             except (FileNotFoundError, ArtifactError):
                 raise
             # Every file system's driver has errors of its own.

@@ -5,7 +5,7 @@ into which each file is downloaded once. Owns which of both, and what a failure 
 version; knows neither the engine nor what the versions are for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from workers.artifact import Manifest, TensorEntry
     from workers.slices import Shard
+
+    Tensors = Generator[tuple[str, Tensor], None, None]
 
 _STREAMS = 4
 """Files of a version that are downloaded at the same time."""
@@ -63,7 +65,7 @@ class Fetcher:
         with _told(version_id):
             return self._source.manifest(version_id, self._base_fingerprint)
 
-    def tensors(self, manifest: "Manifest") -> "Iterator[tuple[str, Tensor]]":
+    def tensors(self, manifest: "Manifest") -> "Tensors":
         """Every edited parameter, whole, on the CPU; each is verified before it is given out."""
         with _told(manifest.version_id):
             yield from self._source.tensors(manifest)
@@ -82,13 +84,13 @@ class _LocalStore:
         with self._there():
             return self._attempts(
                 f"{self._root}/versions/{version_id}/{MANIFEST}",
-                lambda _: artifact.read_manifest(self._root, version_id, base_fingerprint),
+                lambda: artifact.read_manifest(self._root, version_id, base_fingerprint),
             )
 
-    def tensors(self, manifest: "Manifest") -> "Iterator[tuple[str, Tensor]]":
+    def tensors(self, manifest: "Manifest") -> "Tensors":
         from workers import artifact
 
-        def read(entry: "TensorEntry", _: float) -> "Tensor":
+        def read(entry: "TensorEntry") -> "Tensor":
             return artifact.read_tensor(self._root, manifest.version_id, entry)
 
         for entry in manifest.tensors:
@@ -141,7 +143,7 @@ class _NodeCopies:
             self._cache.forget(version_id)
             return read()
 
-    def tensors(self, manifest: "Manifest") -> "Iterator[tuple[str, Tensor]]":
+    def tensors(self, manifest: "Manifest") -> "Tensors":
         version_id = manifest.version_id
         content = manifest.model_dump_json(indent=2).encode()
         files = {shard.file: shard.bytes for e in manifest.tensors for shard in e.shards}

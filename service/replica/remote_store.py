@@ -5,7 +5,6 @@ Owns how a file comes over; knows neither what a version is nor where a file is 
 
 import hashlib
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,7 +17,7 @@ from service.errors import ConfigurationError
 from service.replica.attempts import Attempts
 from workers.errors import DigestMismatch
 
-_CHUNK_BYTES = 32 << 20
+_PIECE_BYTES = 32 << 20
 
 
 class RemoteStore:
@@ -30,13 +29,8 @@ class RemoteStore:
 
     def read(self, file: str) -> bytes:
         """A small file. Raises `FileNotFoundError`, or `Unavailable` after the last attempt."""
-
-        def ask(deadline: float) -> bytes:
-            fs, root = url_to_fs(self._url)
-            content: bytes = _bounded(fs, "cat_file", f"{root}/{file}", deadline)
-            return content
-
-        return self._attempts(self.url_of(file), ask)
+        content: bytes = self._ask("cat_file", file)
+        return content
 
     def download(self, file: str, target: Path, sha256: str) -> None:
         """A file to a local path, verified as it is written.
@@ -44,27 +38,34 @@ class RemoteStore:
         One with another digest is asked for once more, as it may have been damaged on its way.
         Raises `DigestMismatch`, `FileNotFoundError`, or `Unavailable` after the last attempt.
         """
-        url = self.url_of(file)
         found = ""
         for _ in range(2):
-            found = self._attempts(url, lambda deadline: self._copy(file, target, deadline))
+            found = self._copy(file, target)
             if found == sha256:
                 return
-        raise DigestMismatch(url, sha256, found)
+        raise DigestMismatch(self.url_of(file), sha256, found)
 
-    def _copy(self, file: str, target: Path, deadline: float) -> str:
-        """The digest of what was written to `target`."""
-        fs, root = url_to_fs(self._url)
-        path = f"{root}/{file}"
-        size = _bounded(fs, "info", path, deadline)["size"]
+    def _copy(self, file: str, target: Path) -> str:
+        """The digest of what was written to `target`, in pieces, each asked for by itself."""
+        size = self._ask("info", file)["size"]
         digest = hashlib.sha256()
-        with target.open("wb") as written:
-            for start in range(0, size, _CHUNK_BYTES):
-                end = min(start + _CHUNK_BYTES, size)
-                chunk = _bounded(fs, "cat_file", path, deadline, start=start, end=end)
-                digest.update(chunk)
-                written.write(chunk)
+        # Room taken by a file of this name is not given back meanwhile.
+        with target.open("r+b" if target.exists() else "wb") as written:
+            for start in range(0, size, _PIECE_BYTES):
+                piece = self._ask(
+                    "cat_file", file, start=start, end=min(start + _PIECE_BYTES, size)
+                )
+                digest.update(piece)
+                written.write(piece)
+            written.truncate()
         return digest.hexdigest()
+
+    def _ask(self, method: str, file: str, **options: Any) -> Any:
+        def ask() -> Any:
+            fs, root = url_to_fs(self._url)
+            return _bounded(fs, method, f"{root}/{file}", self._attempts.timeout_s, **options)
+
+        return self._attempts(self.url_of(file), ask)
 
     def url_of(self, file: str) -> str:
         return f"{self._url}/{file}"
@@ -87,11 +88,8 @@ def url_to_fs(url: str) -> tuple[Any, str]:
     return fs, root.rstrip("/")
 
 
-def _bounded(fs: Any, method: str, path: str, deadline: float, **options: Any) -> Any:
-    """Calls a file system's method. Raises `TimeoutError` at the deadline, whatever it does."""
-    timeout_s = deadline - time.monotonic()
-    if timeout_s <= 0:
-        raise TimeoutError(f"no time was left for {method} of {path}")
+def _bounded(fs: Any, method: str, path: str, timeout_s: float, **options: Any) -> Any:
+    """Calls a file system's method. Raises `TimeoutError` at the timeout, whatever it does."""
     if fs.async_impl:
         return sync(fs.loop, getattr(fs, f"_{method}"), path, timeout=timeout_s, **options)
     return _on_a_thread(lambda: getattr(fs, method)(path, **options), timeout_s)

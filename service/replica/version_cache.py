@@ -104,7 +104,7 @@ class VersionCache:
             fetch(folder)
             _put(folder / MANIFEST, manifest)
         except BaseException:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _make_room(self, needed_bytes: int) -> None:

@@ -14,11 +14,10 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from service.errors import ConfigurationError, NotFound, Unavailable, VersionRejected
+from service.errors import NotFound, Unavailable, VersionRejected
 from service.replica.fetching import Fetcher
 from tests.proxy import TcpProxy
 from tests.tiny_model import TUNED, publish, tuned_tensor
@@ -363,7 +362,7 @@ def cached(tmp_path: Path) -> set[str]:
     return {path.parent.name for path in (tmp_path / "cache").glob("*/versions/*/manifest.json")}
 
 
-# Other stores
+# Writing
 
 
 def test_a_version_and_a_checkpoint_are_written_to_s3(empty_store: str) -> None:
@@ -382,51 +381,3 @@ def test_a_version_and_a_checkpoint_are_written_to_s3(empty_store: str) -> None:
     assert torch.equal(found.read(TUNED, 2, 5), torch.arange(2.0, 5.0))
     checkpoint.discard(empty_store, "job_1")
     assert checkpoint.newest(empty_store, "job_1") is None
-
-
-class HangingFileSystem(MemoryFileSystem):
-    """Blocks, as drivers without an event loop do, until it is let go."""
-
-    protocol = "hanging"
-    store: dict[str, Any] = {}  # noqa: RUF012 - fsspec's own way
-    going_on = threading.Event()
-
-    def cat_file(self, *args: Any, **options: Any) -> bytes:
-        self.going_on.wait()
-        content: bytes = super().cat_file(*args, **options)
-        return content
-
-
-def test_a_driver_that_blocks_is_left_after_its_time(tmp_path: Path) -> None:
-    fsspec.register_implementation("hanging", HangingFileSystem, clobber=True)
-    store = "hanging://store"
-    HangingFileSystem.going_on.set()
-    publish(store, "v1", FINGERPRINT)
-    HangingFileSystem.going_on.clear()
-    fetcher = Fetcher(store, FINGERPRINT, tmp_path, cache_bytes=1 << 30, timeout_s=0.2, attempts=2)
-    with pytest.raises(Unavailable, match="asked for 2 times"):
-        fetcher.manifest("v1")
-    HangingFileSystem.going_on.set()
-    assert fetch(fetcher)
-
-
-def test_a_local_folder_is_read_where_it_is(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    publish(str(store), "v1", FINGERPRINT)
-    fetcher = Fetcher(
-        str(store), FINGERPRINT, tmp_path / "cache", cache_bytes=1, timeout_s=1.0, attempts=1
-    )
-    manifest = fetcher.manifest("v1")
-    assert fetch(fetcher)
-    assert not (tmp_path / "cache").exists()
-    store.rename(tmp_path / "elsewhere")
-    with pytest.raises(Unavailable, match="is not there now"):
-        list(fetcher.tensors(manifest))
-
-
-@pytest.mark.parametrize(
-    ("url", "remedy"), [("gs://bucket", "gcsfs"), ("nowhere://store", "nowhere")]
-)
-def test_a_store_without_a_driver_says_what_to_do(tmp_path: Path, url: str, remedy: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"version_store is {url}.*{remedy}"):
-        Fetcher(url, FINGERPRINT, tmp_path, cache_bytes=1, timeout_s=1.0, attempts=1)

@@ -1,5 +1,6 @@
 """The version store: slices, the manifest last, and what a reader refuses."""
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -187,6 +189,80 @@ def test_a_missing_shard(store: str, version: Manifest, shard: Path) -> None:
         dict(artifact.read_tensors(store, version))
 
 
+def test_a_shard_with_more_in_it(store: str, version: Manifest, shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes() + b"more")
+    with pytest.raises(DigestMismatch, match=shard.name):
+        dict(artifact.read_tensors(store, version))
+
+
+def _as_if_published(version: Manifest, shard: Path, content: bytes) -> Manifest:
+    """The version, had its weight's second shard been written with this content."""
+    shard.write_bytes(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    [weight] = [entry for entry in version.tensors if entry.name == NAME]
+    described = weight.shards[1].model_copy(update={"sha256": sha256, "bytes": len(content)})
+    changed = weight.model_copy(update={"shards": (weight.shards[0], described)})
+    return version.model_copy(update={"tensors": (changed,)})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (safetensors.torch.save({OTHER: torch.zeros(17)}), f"that holds {NAME}"),
+        (safetensors.torch.save({NAME: torch.zeros(16)}), r"shape \[16\], not 17 elements"),
+        (safetensors.torch.save({NAME: torch.zeros(17, dtype=torch.float64)}), "F64 cannot"),
+        (
+            safetensors.torch.save({NAME: torch.zeros(17), OTHER: torch.zeros(1)}),
+            "and nothing else",
+        ),
+        (b"\x40" + bytes(7) + b"{" * 64 + bytes(68), f"that holds {NAME}"),
+        (b"[]", f"that holds {NAME}"),
+    ],
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_that_was_published_wrong(
+    store: str, version: Manifest, shard: Path, reader: str, content: bytes, message: str
+) -> None:
+    wrong = _as_if_published(version, shard, content)
+    with pytest.raises(ArtifactError, match=message):
+        READERS[reader](store, wrong)
+
+
+@pytest.mark.parametrize("more", [-8, -1, 8])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_is_of_the_bytes_its_manifest_says(
+    store: str, version: Manifest, shard: Path, reader: str, more: int
+) -> None:
+    wrong = _as_if_published(version, shard, shard.read_bytes())
+    [weight] = wrong.tensors
+    second = weight.shards[1].model_copy(update={"bytes": weight.shards[1].bytes + more})
+    weight = weight.model_copy(update={"shards": (weight.shards[0], second)})
+    with pytest.raises(ArtifactError, match=shard.name):
+        READERS[reader](store, wrong.model_copy(update={"tensors": (weight,)}))
+
+
+def test_a_tensor_is_of_the_dtype_its_manifest_says(
+    store: str, version: Manifest, shard: Path
+) -> None:
+    content = safetensors.torch.save({NAME: torch.zeros(17, dtype=torch.bfloat16)})
+    wrong = _as_if_published(version, shard, content)
+    with pytest.raises(ArtifactError, match=shard.name):
+        dict(artifact.read_tensors(store, wrong))
+
+
+def test_a_manifest_whose_shards_are_not_the_whole(store: str, version: Manifest) -> None:
+    shapes = tuple(entry.model_copy(update={"shape": (6, 7)}) for entry in version.tensors)
+    with pytest.raises(ArtifactError, match="slices end at 3, not at 42"):
+        dict(artifact.read_tensors(store, version.model_copy(update={"tensors": shapes})))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_manifest_knows_the_bytes_in_memory(store: str, dtype: torch.dtype) -> None:
+    manifest = artifact.write_manifest(store, lineage(), write_slices(store, values(dtype)))
+    tensors = dict(artifact.read_tensors(store, manifest))
+    assert manifest.bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
 def test_whole_tensors_are_verified_too(store: str, version: Manifest) -> None:
     tensors = tuple(entry.model_copy(update={"sha256": "0" * 64}) for entry in version.tensors)
     with pytest.raises(DigestMismatch, match=f"tensor {OTHER}: expected sha256 0000"):
@@ -214,7 +290,13 @@ def _other_version(text: str) -> str:
     return text.replace('"version_id": "v1"', '"version_id": "v2"')
 
 
-@pytest.mark.parametrize("damage", [_cut, _rename_field, _later_format, _other_version])
+def _file_elsewhere(text: str) -> str:
+    return text.replace('"file": "', '"file": "../v2/')
+
+
+@pytest.mark.parametrize(
+    "damage", [_cut, _rename_field, _later_format, _other_version, _file_elsewhere]
+)
 def test_a_manifest_that_cannot_be_trusted(
     store: str, version: Manifest, damage: Callable[[str], str]
 ) -> None:
