@@ -66,9 +66,9 @@ class Settings(BaseSettings):
     version_cache_gb: float = Field(default=50.0, gt=0)
     """Disk in GiB, per node, for versions downloaded from a store that is not a local folder."""
     fetch_timeout_s: float = Field(default=60.0, gt=0)
-    """One attempt to read a file of the version store takes at most so long."""
+    """One attempt to read a piece of a file of the version store takes at most so long."""
     fetch_attempts: int = Field(default=4, ge=1)
-    """How often a file of the version store is asked for before its version counts as away."""
+    """How often a piece of a file is asked for before the version store counts as away."""
     replica_threads: int = Field(default=1, ge=1)
     """CPU threads a replica computes with."""
     kv_tokens: int = Field(default=8192, ge=256)

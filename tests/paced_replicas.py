@@ -1,4 +1,4 @@
-"""What tests put behind Ray Serve: an engine that takes its time, and a caller with many queries."""
+"""What tests put behind Ray Serve: an engine that takes its time, a caller with many queries."""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -230,5 +230,8 @@ class Pipeline:
     async def _fail(self, job: Job, error: str) -> None:
         async with self._database.transaction() as conn:
             present = await jobs.get(conn, job.id)
+            if present.state is not job.state:
+                log.warning("job %s is another leader's by now", job.id)
+                return
             await edits.release(conn, job.id, error)
             await jobs.advance(conn, job.id, present.state, JobState.FAILED, error=error)

@@ -187,6 +187,7 @@ class GenerationLoop:
     def _stopped(self, stopping: asyncio.Future[None]) -> None:
         self._stopping.discard(stopping)
         if self._manager is None:
+            # The versions of its last batch may have been dropped since.
             self._model.rows.clear()
 
 

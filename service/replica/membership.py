@@ -46,9 +46,16 @@ class Membership:
     async def join(self) -> None:
         """Returns once this replica holds what is committed and being staged, and is counted.
 
-        Raises what the bank raises if the committed version cannot be loaded.
+        It waits for a database or a version store that is away: Serve starts one that failed
+        anew, each time later. Raises what else the bank raises if the committed version cannot be
+        loaded.
         """
-        while not await self._try_join():
+        while True:
+            try:
+                if await self._try_join():
+                    return
+            except Unavailable as error:
+                log.warning("waiting to join: %s", error)
             await asyncio.sleep(RETRY_S)
 
     async def run(self) -> None:

@@ -146,6 +146,7 @@ class VersionedModel:
         for name in version.modules:
             module = self.model.get_submodule(name)
             forward = _by_version(module.forward, name, layouts[name], self.rows)
+            # The first one stays, also where two threads admit versions at once.
             module.forward = self._forwards.setdefault(name, forward)
 
 

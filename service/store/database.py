@@ -7,6 +7,7 @@ and none waits for ever for a server that has stopped answering.
 import asyncio
 import logging
 import os
+import select
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -80,13 +81,23 @@ class Connection(psycopg.AsyncConnection[tuple[object, ...]]):
         """As the driver's own; `timeout` is of those that expect to wait."""
         if timeout is not None:
             return await super().wait(gen, interval, timeout)
-        hang_up = asyncio.get_running_loop().call_later(self.answer_s, self._hang_up)
+        self._watch()
         try:
             return await super().wait(gen, interval)
         finally:
-            hang_up.cancel()
+            self._patience.cancel()
+
+    def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._patience = loop.call_later(self.answer_s, self._hang_up)
 
     def _hang_up(self) -> None:
+        answered = select.poll()
+        answered.register(self.fileno(), select.POLLIN)
+        if answered.poll(0):
+            # It is this process that is late.
+            self._watch()
+            return
         log.warning("no answer from the database within %g s; hanging up", self.answer_s)
         with socket.socket(fileno=os.dup(self.fileno())) as own:
             own.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other; half an hour on two cores."""
+"""Every benchmark, one after the other; three quarters of an hour on two cores."""
 
 from tests.benchmarks import (
     demo_quality,
@@ -7,9 +7,11 @@ from tests.benchmarks import (
     queries,
     retention,
     scale,
+    staging,
+    swap,
     zero3,
 )
 
 queries.main()
-for benchmark in (demo_quality, retention, growing, edit_speed, zero3, scale):
+for benchmark in (demo_quality, retention, growing, edit_speed, zero3, scale, staging, swap):
     benchmark.measure().show()

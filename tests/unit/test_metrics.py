@@ -15,9 +15,11 @@ from service.errors import NotFound
 
 pytestmark = pytest.mark.anyio
 
+X = "# HELP x_total X.\n# TYPE x_total counter\n"
+Y = "# TYPE y gauge\n"
 PAGES = {
-    "/a": '# HELP x X.\n# TYPE x counter\nx_total{node="a"} 1.0\n# TYPE y gauge\ny{node="a"} 2.0\n',
-    "/b": '# TYPE y gauge\ny{node="b"} 3.0\n# HELP x X.\n# TYPE x counter\nx_total{node="b"} 4.0\n',
+    "/a": X + 'x_total{node="a"} 1.0\n' + Y + 'y{node="a"} 2.0\n',
+    "/b": Y + 'y{node="b"} 3.0\n' + X + 'x_total{node="b"} 4.0\n',
 }
 
 
