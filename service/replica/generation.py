@@ -36,7 +36,7 @@ class Sizes:
     batch_tokens: int = 256
     """Most tokens in one forward pass."""
     page_tokens: int = 16
-    idle_s: float = 60.0
+    idle_s: float = 600.0
     """Without a request for so long, it gives thread and KV cache back."""
 
     def batching(self) -> ContinuousBatchingConfig:
