@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -65,8 +66,12 @@ class CoordinatorProcess(Coordinator):
 def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.Application:
     """The Serve application: Api, Coordinator and Replica over one PostgreSQL."""
     light = {"num_cpus": 0}
+    # Where Ray Train looks for its cluster to clean up after a killed run: a node may have several.
+    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     coordinator = serve.deployment(CoordinatorProcess, name="Coordinator").options(
-        num_replicas=1, ray_actor_options=light, health_check_period_s=2
+        num_replicas=1,
+        ray_actor_options={**light, "runtime_env": {"env_vars": cluster}},
+        health_check_period_s=2,
     )
     api = serve.deployment(serve.ingress()(Api), name="Api").options(
         num_replicas=settings.api_replicas,

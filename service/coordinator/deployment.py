@@ -53,7 +53,7 @@ class Coordinator:
         )
         self._rollout = Rollout(self._database, inference, settings, running)
         self._policy = Policy(settings.job_after_edits, settings.job_after_s)
-        self._wakers: set[asyncio.Event] = set()
+        self._jobs_changed, self._rollout_changed = asyncio.Event(), asyncio.Event()
         self._main = asyncio.create_task(self._run())
 
     async def check_health(self) -> None:
@@ -70,18 +70,18 @@ class Coordinator:
     async def _run(self) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
-                for channel in (jobs.CHANNEL, serving.CHANNEL, replicas.CHANNEL):
-                    tasks.create_task(self._listen(channel))
+                tasks.create_task(self._listen(jobs.CHANNEL, self._jobs_changed))
+                for channel in (serving.CHANNEL, replicas.CHANNEL):
+                    tasks.create_task(self._listen(channel, self._rollout_changed))
                 tasks.create_task(self._lead())
         except Exception:
             # Serve says only that the health check failed.
             log.exception("the coordinator ends and is started again")
             raise
 
-    async def _listen(self, channel: str) -> None:
+    async def _listen(self, channel: str, changed: asyncio.Event) -> None:
         async for _ in self._database.listen(channel):
-            for waker in self._wakers:
-                waker.set()
+            changed.set()
 
     async def _lead(self) -> None:
         while True:
@@ -89,9 +89,9 @@ class Coordinator:
             log.info("leading")
             work = [
                 asyncio.create_task(self._watch_lock()),
-                asyncio.create_task(self._repeat(self._do_job)),
-                asyncio.create_task(self._repeat(self._rollout.step)),
-                asyncio.create_task(self._repeat(self._prune)),
+                asyncio.create_task(self._repeat(self._do_job, self._jobs_changed)),
+                asyncio.create_task(self._repeat(self._rollout.step, self._rollout_changed)),
+                asyncio.create_task(self._prune()),
             ]
             try:
                 await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -109,29 +109,28 @@ class Coordinator:
             await asyncio.sleep(POLL_S)
         log.warning("no longer leading: the connection that held the lock was lost")
 
-    async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
+    async def _repeat(self, step: Callable[[], Awaitable[None]], changed: asyncio.Event) -> None:
         """At once, then at every announcement, also of one that came during a step; and polls."""
-        woken = asyncio.Event()
-        self._wakers.add(woken)
-        try:
-            while True:
-                woken.clear()
-                try:
-                    await step()
-                except Unavailable as error:
-                    log.warning("trying again: %s", error)
-                    await asyncio.sleep(POLL_S)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_S):
-                        await woken.wait()
-        finally:
-            self._wakers.remove(woken)
+        while True:
+            changed.clear()
+            try:
+                await step()
+            except Unavailable as error:
+                log.warning("trying again: %s", error)
+                await asyncio.sleep(POLL_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await changed.wait()
 
     async def _prune(self) -> None:
-        async with self._database.transaction() as conn:
-            await replicas.prune(conn, FORGET_LEASES * self._settings.lease_s)
-            await idempotency.prune(conn)
-        await asyncio.sleep(PRUNE_S)
+        while True:
+            try:
+                async with self._database.transaction() as conn:
+                    await replicas.prune(conn, FORGET_LEASES * self._settings.lease_s)
+                    await idempotency.prune(conn)
+            except Unavailable as error:
+                log.warning("nothing pruned: %s", error)
+            await asyncio.sleep(PRUNE_S)
 
     async def _do_job(self) -> None:
         async with self._database.transaction() as conn:

@@ -22,6 +22,9 @@ from service.versions import BASE_VERSION, ReplicaStatus, Serving, StagedVersion
 
 log = logging.getLogger(__name__)
 
+PROMPT_S = 0.5
+"""A replica that has not acknowledged after so long may be one that has ended."""
+
 Running = Callable[[], Awaitable[set[str]]]
 """Ids of the replicas that whoever starts them counts as running."""
 
@@ -116,6 +119,8 @@ class Rollout:
         live = await replicas.live(conn, self._settings.lease_s)
         acks = {replica.id: _ack(replica, version_id) for replica in live}
         if None in acks.values():
+            if time.monotonic() - self._begun[1] < PROMPT_S:
+                return None
             # Only then: to ask who runs takes longer than all else here.
             running = await self._running()
             acks = {replica_id: ack for replica_id, ack in acks.items() if replica_id in running}
