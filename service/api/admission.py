@@ -107,7 +107,7 @@ class Admission:
 
     async def _listen(self) -> None:
         async for payload in self._database.listen(serving.CHANNEL):
-            self._learn(serving.announced(payload))
+            self._learn(serving.announced(payload).committed)
 
     async def _poll(self) -> None:
         while True:

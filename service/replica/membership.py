@@ -5,7 +5,7 @@ Knows versions by the bank and the rest of the service by the store, nothing of 
 
 import asyncio
 import logging
-from datetime import datetime
+from datetime import UTC, datetime
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -42,6 +42,8 @@ class Membership:
         self._tasks = asyncio.TaskGroup()
         self._staging: asyncio.Task[None] | None = None
         self._staging_key: tuple[str, datetime] | None = None
+        self._pinned_at = datetime.min.replace(tzinfo=UTC)
+        """When what is pinned was written, by the database's clock."""
 
     async def join(self) -> None:
         """Returns once this replica holds what is committed and being staged, and is counted.
@@ -94,12 +96,20 @@ class Membership:
 
     async def _pin(self, present: Serving) -> None:
         """The parent too, where it is still there: it is what is gone back to."""
+        if present.updated_at < self._pinned_at:
+            return
+        self._pinned_at = present.updated_at
         parent = () if present.parent_id is None else (present.parent_id,)
         await self._bank.pin((*present.wanted, *parent))
 
     async def _listen(self) -> None:
-        async for _ in self._database.listen(serving.CHANNEL):
-            self._changed.set()
+        """A commit tells all that there is to know; answers go on, so nothing else is done now."""
+        async for payload in self._database.listen(serving.CHANNEL):
+            present = serving.announced(payload)
+            if present.staging_id is None:
+                await self._pin(present)
+            else:
+                self._changed.set()
 
     async def _beat(self) -> None:
         while True:

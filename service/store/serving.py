@@ -4,10 +4,10 @@ Each of them locks the row first, so they follow one another, and a replica that
 the state before or the state after. The generation only grows (a trigger holds that too).
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import TypeAdapter
 from sqlalchemy import Float, Row, func, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -15,11 +15,12 @@ from service.errors import Conflict, Unavailable
 from service.store import earlier, replicas, versions
 from service.store.tables import serving
 from service.store.tables import versions as versions_table
-from service.versions import Canary, Committed, Serving, VersionState
+from service.versions import Canary, Serving, VersionState
 
 CHANNEL = "errata_serving"
 """Notified at every change of what is staged or served; `announced` reads it."""
 
+_JSON = TypeAdapter(Serving)
 _NO_STAGING = {"staging_id": None, "staging_percent": None, "staging_promote_after_s": None}
 _NO_CANARY = {"canary_id": None, "canary_percent": None, "canary_promote_at": None}
 
@@ -220,16 +221,10 @@ def _serving(row: Row[Any]) -> Serving:
 async def _write(conn: AsyncConnection, **changes: Any) -> Serving:
     await conn.execute(update(serving).values(updated_at=func.clock_timestamp(), **changes))
     now = await current(conn)
-    await conn.execute(select(func.pg_notify(CHANNEL, _announcement(now.committed))))
+    await conn.execute(select(func.pg_notify(CHANNEL, _JSON.dump_json(now).decode())))
     return now
 
 
-def _announcement(committed: Committed) -> str:
-    canary = committed.canary and [committed.canary.version_id, committed.canary.percent]
-    return json.dumps([committed.generation, committed.version_id, canary])
-
-
-def announced(payload: str) -> Committed:
+def announced(payload: str) -> Serving:
     """What was told on `CHANNEL`."""
-    generation, version_id, canary = json.loads(payload)
-    return Committed(generation, version_id, canary and Canary(*canary))
+    return _JSON.validate_json(payload)

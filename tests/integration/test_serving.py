@@ -219,8 +219,11 @@ async def test_every_change_is_announced(store: Database) -> None:
     first = asyncio.ensure_future(anext(heard))
     await listening(store)
     await activate(store, "v1", "a")
-    told = [serving.announced(payload) for payload in (await first, await anext(heard))]
-    assert told == [Committed(1, "v0"), Committed(2, "v1")]
+    staging, committed = [serving.announced(each) for each in (await first, await anext(heard))]
+    assert (staging.committed, staging.staging_id) == (Committed(1, "v0"), "v1")
+    assert (committed.committed, committed.staging_id) == (Committed(2, "v1"), None)
+    async with store.transaction() as conn:
+        assert await serving.current(conn) == committed
     await heard.aclose()
 
 
