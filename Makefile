@@ -3,14 +3,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench install
+.PHONY: demo test test-with-ray test-without-ray check bench install
 
 # The main job on one machine, with embedded defaults: facts change in a running model.
 demo: $(INSTALLED)
 	$(BIN)/python -m deploy.demo $(if $(KEEP),--keep)
 
+# The tests that start Ray are one after the other; the rest run beside them, a thread each.
+RAY_TESTS := tests/e2e tests/faults tests/integration/test_replica.py tests/integration/test_training.py
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-with-ray test-without-ray
+
+test-with-ray: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS)
+
+test-without-ray: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix --ignore=,$(RAY_TESTS))
 
 # In CI files are checked, not rewritten.
 check: $(INSTALLED)

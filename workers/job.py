@@ -17,6 +17,11 @@ from ray import train as ray_train
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from workers import artifact, checkpoint, run
 from workers.contract import ProgressSink, TrainRequest, TrainResult
@@ -63,6 +68,7 @@ def train(request: TrainRequest, progress: ProgressSink | None = None) -> TrainR
 def _run_to_its_end(request: TrainRequest, progress: ProgressSink | None) -> None:
     """Runs the worker group, again if it or its controller died before the version was there."""
     for restarts_left in reversed(range(_RESTARTS + 1)):
+        _free_reservations()
         try:
             _trainer(request, progress).fit()
             return
@@ -73,6 +79,21 @@ def _run_to_its_end(request: TrainRequest, progress: ProgressSink | None) -> Non
             if restarts_left == 0 or not _died(cause):
                 _reraise(cause)
             logger.warning("job %s: its workers died (%s); going on", request.job_id, cause)
+
+
+def _free_reservations() -> None:
+    """Gives back what an earlier run of this Ray job still holds; one trains at a time.
+
+    Ray Train cleans up after a controller that died, but not if it died while its workers were
+    being started. Serve's own reservations have names.
+    """
+    mine = ray.get_runtime_context().get_job_id()
+    for group in placement_group_table().values():
+        held = not group["name"] and group["state"] != "REMOVED"
+        if held and group["placement_group_id"].endswith(mine):
+            logger.warning("freeing %s, left by a run that died", group["placement_group_id"])
+            group_id = ray.PlacementGroupID(bytes.fromhex(group["placement_group_id"]))
+            remove_placement_group(PlacementGroup(group_id))
 
 
 def _trainer(request: TrainRequest, progress: ProgressSink | None) -> TorchTrainer:

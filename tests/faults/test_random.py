@@ -53,10 +53,9 @@ class Run:
             self.invariants.check()
 
     def _order(self) -> list[str]:
-        """Jobs after the last coordinator was killed: `test_kill` kills one that trains.
+        """Jobs come after the last coordinator was killed: one that trains is killed in `test_kill`,
 
-        Ray Train never frees what a run reserved whose controller dies while its workers start, and
-        the next training then waits for ever.
+        and each time it takes a training run's start again, half a minute.
         """
         names = [name for name, times in OPERATIONS.items() for _ in range(times)]
         others = [name for name in names if name != "job"]

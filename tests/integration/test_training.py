@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.util.placement_group import placement_group
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -43,9 +44,21 @@ HPARAMS = Hparams(
 """Batches of 4, 4 and 1: in the last of each epoch the second rank has no sample. 21 steps."""
 
 
+@ray.remote(num_cpus=0)
+class DyingRun:
+    """As the controller of a run that dies before its workers are there."""
+
+    def reserve(self, cpus: int) -> None:
+        ray.get(placement_group([{"CPU": 1}] * cpus).ready())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> Iterator[None]:
+    """All its processors are reserved by a run that died."""
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    dying = DyingRun.remote()
+    ray.get(dying.reserve.remote(4))
+    ray.kill(dying)
     yield
     ray.shutdown()
 
