@@ -1,5 +1,6 @@
 """`build_app`: the only wiring. Which deployments there are, and what each is given."""
 
+import gc
 from functools import partial
 
 import ray
@@ -37,7 +38,9 @@ class Api:
         self._coordinator = coordinator
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._settings, Database(self._database_url), self._inference, exporters)
+        api = create_api(self._settings, Database(self._database_url), self._inference, exporters)
+        freeze()
+        return api
 
 
 class CoordinatorProcess(Coordinator):
@@ -52,6 +55,7 @@ class CoordinatorProcess(Coordinator):
         from workers.job import train
 
         tokenizer = AutoTokenizer.from_pretrained(base.path)
+        freeze()
         super().__init__(
             settings,
             database_url,
@@ -61,6 +65,12 @@ class CoordinatorProcess(Coordinator):
             partial(running_replicas, replica),
             train,
         )
+
+
+def freeze() -> None:
+    """What was imported stays: to look through all of it for garbage would halt the process."""
+    gc.collect()
+    gc.freeze()
 
 
 def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.Application:

@@ -63,5 +63,7 @@ async def activate(
         now = await serving.request(
             conn, version_id, percent=percent, promote_after_s=body.promote_after_s
         )
+    # The rollout has begun: it does not wait for what is shown of it.
+    async with database.transaction() as conn:
         present = await replicas.seen(conn, settings.lease_s)
     return ServingOut.of(now, present)

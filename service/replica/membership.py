@@ -7,8 +7,6 @@ import asyncio
 import logging
 from datetime import UTC, datetime
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from service.errors import Conflict, NotFound, Unavailable, VersionRejected
 from service.replica.bank import VersionBank
 from service.store import replicas, serving
@@ -103,13 +101,28 @@ class Membership:
         await self._bank.pin((*present.wanted, *parent))
 
     async def _listen(self) -> None:
-        """A commit tells all that there is to know; answers go on, so nothing else is done now."""
+        """What is announced needs no look at the database, which queries would wait for."""
         async for payload in self._database.listen(serving.CHANNEL):
             present = serving.announced(payload)
-            if present.staging_id is None:
-                await self._pin(present)
-            else:
+            await self._pin(present)
+            if not await self._acknowledged(present):
                 self._changed.set()
+
+    async def _acknowledged(self, present: Serving) -> bool:
+        """Whether nothing is to be staged, or only what is resident: said so at once."""
+        if present.staging_id is None:
+            return True
+        digest = self._bank.digest(present.staging_id)
+        if digest is None:
+            return False
+        try:
+            async with self._database.transaction() as conn:
+                await replicas.acknowledge(conn, self._id, present.staging_id, digest)
+        except (Conflict, Unavailable) as error:
+            log.warning("staging %s: %s", present.staging_id, error)
+            return False
+        self._staging_key = _staging_key(present)
+        return True
 
     async def _beat(self) -> None:
         while True:
@@ -125,17 +138,10 @@ class Membership:
             self._changed.clear()
 
     async def _follow(self) -> None:
-        """One heartbeat; then see whether there is something to stage.
-
-        What is resident already is acknowledged with the heartbeat: a roll back is one transaction.
-        """
-        acknowledged = False
+        """One heartbeat; then see whether there is something to stage."""
         async with self._database.transaction() as conn:
             state = await replicas.heartbeat(conn, self._id, self._bank.resident)
             present = await serving.current(conn)
-            if state is ReplicaState.READY:
-                await self._pin(present)
-                acknowledged = await self._acknowledge_resident(conn, present)
         if state is ReplicaState.FENCED:
             raise Fenced(f"Replica {self._id} did not stage in time and was fenced.")
         if state is None:
@@ -143,24 +149,17 @@ class Membership:
             self._staging_key = None
             await self._try_join()
             return
-        if _staging_key(present) != self._staging_key:
-            self._follow_staging(present, acknowledged)
+        await self._pin(present)
+        self._follow_staging(present)
 
-    async def _acknowledge_resident(self, conn: AsyncConnection, present: Serving) -> bool:
-        if present.staging_id is None or _staging_key(present) == self._staging_key:
-            return False
-        digest = self._bank.digest(present.staging_id)
-        if digest is None:
-            return False
-        await replicas.acknowledge(conn, self._id, present.staging_id, digest)
-        return True
-
-    def _follow_staging(self, present: Serving, acknowledged: bool) -> None:
+    def _follow_staging(self, present: Serving) -> None:
         """Stages beside the heartbeats: once for each time that a version is put up for staging."""
+        if _staging_key(present) == self._staging_key:
+            return
         if self._staging is not None:
             self._staging.cancel()
         self._staging_key = _staging_key(present)
-        if present.staging_id is not None and not acknowledged:
+        if present.staging_id is not None:
             self._staging = self._tasks.create_task(self._stage(present.staging_id))
 
     async def _stage(self, version_id: str) -> None:

@@ -147,6 +147,8 @@ class Database:
             connect_args={"async_creator_fn": partial(_connect, answer_s)},
             pool_pre_ping=True,
             pool_size=pool_size,
+            # The same connections again, which have their statements prepared.
+            pool_use_lifo=True,
             max_overflow=0,
             pool_timeout=5,
             # Of INSERTs, too: several queries ask how many rows they wrote.

@@ -169,7 +169,8 @@ async def require_staged(
     without = [
         one for one, held in resident.items() if one not in digests and version_id not in held
     ]
-    await _fence(conn, among(replicas.c.id, without))
+    if without:
+        await _fence(conn, among(replicas.c.id, without))
 
 
 async def _notify(conn: AsyncConnection, replica_id: str) -> None:

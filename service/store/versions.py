@@ -177,20 +177,19 @@ async def move(
     conn: AsyncConnection, version_id: str, to: VersionState, error: str | None = None
 ) -> Version:
     """Change a version's state; `Conflict` unless `VERSION_TRANSITIONS` allows it."""
-    locked = select(versions.c.state).where(versions.c.id == version_id).with_for_update()
-    state = (await conn.execute(locked)).scalar_one_or_none()
-    if state is None:
-        raise NotFound(f"no version {version_id}")
-    if to not in VERSION_TRANSITIONS[state]:
-        raise Conflict(f"version {version_id} is {state}, which is never followed by {to}")
+    before = [state for state, after in VERSION_TRANSITIONS.items() if to in after]
     activated = {"activated_at": func.now()} if to is VersionState.LIVE else {}
-    row = await conn.execute(
+    moved = await conn.execute(
         update(versions)
-        .where(versions.c.id == version_id)
+        .where(versions.c.id == version_id, versions.c.state.in_(before))
         .values(state=to, error=error, updated_at=func.now(), **activated)
         .returning(versions)
     )
-    return _version(row.one())
+    row = moved.one_or_none()
+    if row is None:
+        state = (await get(conn, version_id)).state
+        raise Conflict(f"version {version_id} is {state}, which is never followed by {to}")
+    return _version(row)
 
 
 async def settle_back(conn: AsyncConnection, version_id: str, error: str | None) -> Version:

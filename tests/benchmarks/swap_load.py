@@ -119,8 +119,9 @@ async def rollbacks(running: Running, prompt: str, count: int) -> list[tuple[Swa
 async def propagation(running: Running, prompt: str, count: int) -> list[tuple[float, float]]:
     """How long after a commit queries were still admitted to the generation before it.
 
-    For each commit, when the last of them was sent, and when it was answered: it was admitted
-    between the two. Several clients ask at once, so that every Api replica is asked all the time.
+    For each commit, from when on all that were sent were admitted to the new one, and when the last
+    answer of the old one came, which was sent before. Several clients ask at once, so that every
+    Api replica is asked all the time.
     """
     found = []
     async with heard(running.database_url) as commits, httpx.AsyncClient(timeout=TIMEOUT_S) as http:
@@ -140,9 +141,11 @@ async def propagation(running: Running, prompt: str, count: int) -> list[tuple[f
 
 
 def last_admitted(probes: Sequence[Probe], notice: Notice) -> tuple[float, float]:
+    """Seconds after the commit: from when on all sent were admitted to it; the last old answer."""
     old = [probe for probe in probes if probe.generation < notice.committed.generation]
     sent, got = max(probe.sent_at for probe in old), max(probe.got_at for probe in old)
-    return max(0.0, sent - notice.at), max(0.0, got - notice.at)
+    since = min(probe.sent_at for probe in probes if probe.sent_at > max(sent, notice.at))
+    return since - notice.at, max(0.0, got - notice.at)
 
 
 def memory(replicas: Sequence[psutil.Process]) -> list[tuple[int, int]]:
