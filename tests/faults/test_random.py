@@ -53,9 +53,9 @@ class Run:
             self.invariants.check()
 
     def _order(self) -> list[str]:
-        """Jobs come after the last coordinator was killed: one that trains is killed in `test_kill`,
+        """Jobs come after the last coordinator was killed, which would begin their training anew.
 
-        and each time it takes a training run's start again, half a minute.
+        `test_kill` sees to that; each time takes half a minute.
         """
         names = [name for name, times in OPERATIONS.items() for _ in range(times)]
         others = [name for name in names if name != "job"]
