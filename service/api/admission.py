@@ -52,6 +52,11 @@ class Admission:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def informed(self) -> bool:
+        """Whether it has ever learnt what is served."""
+        return self._committed is not None
+
     async def resolve(
         self, model: str, *, sticky: str | None = None, at_least: int = 0
     ) -> Admitted:

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from service.api.dependencies import DatabaseDep, SettingsDep
+from service.api.dependencies import AdmissionDep, DatabaseDep, SettingsDep
 from service.errors import Unavailable
 from service.store import replicas, serving
 from service.versions import BASE_VERSION
@@ -17,14 +17,22 @@ async def alive() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def ready(database: DatabaseDep, settings: SettingsDep) -> dict[str, str]:
-    """The database answers and a live replica holds the committed version; else 503.
+async def ready(
+    database: DatabaseDep, settings: SettingsDep, admission: AdmissionDep
+) -> dict[str, str]:
+    """A live replica holds the committed version; else 503.
 
-    A service that may go without replicas is ready without: a query wakes one.
+    A service that may go without replicas is ready without: a query wakes one. So is one whose
+    database is away after it was reached: queries go on.
     """
-    async with database.transaction() as conn:
-        version_id = (await serving.current(conn)).version_id
-        live = await replicas.live(conn, settings.lease_s)
+    try:
+        async with database.transaction() as conn:
+            version_id = (await serving.current(conn)).version_id
+            live = await replicas.live(conn, settings.lease_s)
+    except Unavailable:
+        if not admission.informed:
+            raise
+        return {"status": "ready", "database": "away"}
     if not live and settings.replica_range[0] == 0:
         return {"status": "ready"}
     for replica in live:

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
+import psycopg
 import pytest
+from sqlalchemy import make_url
 
 from service.api.admission import Admission, Admitted
 from service.api.app import create_api
@@ -158,6 +160,23 @@ async def test_a_canary_answers_its_share_and_the_same_users(
     more = str(await roll_out(store, "v1", percent=60.0))
     grown = {user for user in users if await answered_by(api, user, Min_Generation=more) == "v1"}
     assert canaried < grown
+
+
+async def test_ready_as_long_as_queries_can_be_answered(
+    store: Database, api: httpx.AsyncClient, database_url: str
+) -> None:
+    assert (await api.get("/readyz")).json() == {"status": "ready"}
+    name = make_url(database_url).database
+    server = database_url.replace(f"/{name}?", "/postgres?", 1)
+    with psycopg.connect(server, autocommit=True) as conn:
+        conn.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")  # type: ignore[arg-type]
+        conn.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,)
+        )
+        assert (await api.get("/readyz")).json() == {"status": "ready", "database": "away"}
+        assert await answered_by(api) == "v0"
+        assert (await api.get("/serving")).status_code == 503
+        conn.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")  # type: ignore[arg-type]
 
 
 async def test_a_canary_over_http(store: Database, api: httpx.AsyncClient) -> None:
