@@ -1,3 +1,4 @@
+SHELL := /bin/bash -o pipefail
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,13 +14,13 @@ demo: $(INSTALLED)
 RAY_TESTS := tests/e2e tests/faults tests/integration/test_replica.py tests/integration/test_training.py
 
 test: $(INSTALLED)
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-with-ray test-without-ray
+	$(MAKE) --no-print-directory --jobs 2 test-with-ray test-without-ray
 
 test-with-ray: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS) | sed --unbuffered 's/^/with Ray: /'
 
 test-without-ray: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix --ignore=,$(RAY_TESTS))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix --ignore=,$(RAY_TESTS)) | sed --unbuffered 's/^/without: /'
 
 # In CI files are checked, not rewritten.
 check: $(INSTALLED)

@@ -103,6 +103,15 @@ async def coordinating(
         await coordinator.stop()
 
 
+async def begun(store: Database) -> Database:
+    """The store with v0 live, the two edits queued, and replica `a` joined."""
+    async with store.transaction() as conn:
+        await versions.ensure_base(conn, "base")
+        await edits.add(conn, EDITS)
+        assert await replicas.join(conn, "a", [])
+    return store
+
+
 async def start_job(store: Database, *, activate: bool = True, **options: Any) -> Job:
     async with store.transaction() as conn:
         return await jobs.create(conn, activate=activate, **options)

@@ -12,7 +12,7 @@ import pytest
 from service.edits import EditState
 from service.jobs import Job, JobState
 from service.settings import Settings
-from service.store import edits, jobs, replicas, serving, versions
+from service.store import jobs, replicas, serving, versions
 from service.store.database import Database
 from service.versions import ReplicaState, VersionState
 from tests.coordinating import (
@@ -20,6 +20,7 @@ from tests.coordinating import (
     Answers,
     acknowledge_staging,
     all_edits,
+    begun,
     coordinating,
     ended,
     start_job,
@@ -41,11 +42,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 async def store(database: Database) -> Database:
     """With v0 live, two queued edits and one replica."""
-    async with database.transaction() as conn:
-        await versions.ensure_base(conn, "base")
-        await edits.add(conn, EDITS)
-        assert await replicas.join(conn, "a", [])
-    return database
+    return await begun(database)
 
 
 async def test_a_job_from_claim_to_commit(

@@ -17,6 +17,7 @@ from tests.coordinating import (
     Answers,
     acknowledge_staging,
     all_edits,
+    begun,
     coordinating,
     ended,
     start_job,
@@ -55,11 +56,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 async def store(database: Database) -> Database:
     """With v0 live, two queued edits and one replica."""
-    async with database.transaction() as conn:
-        await versions.ensure_base(conn, "base")
-        await edits.add(conn, EDITS)
-        assert await replicas.join(conn, "a", [])
-    return database
+    return await begun(database)
 
 
 async def add(store: Database, *new: NewEdit) -> None:

@@ -13,7 +13,7 @@ from service.errors import Conflict
 from service.inference import Completion, CompletionRequest
 from service.jobs import JobState
 from service.settings import Settings
-from service.store import edits, replicas, serving, versions
+from service.store import edits, replicas, serving
 from service.store.database import Database
 from service.versions import Canary, Serving, VersionState
 from tests.coordinating import (
@@ -21,6 +21,7 @@ from tests.coordinating import (
     Answers,
     acknowledge_staging,
     all_edits,
+    begun,
     coordinating,
     ended,
     served,
@@ -40,11 +41,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 async def store(database: Database) -> Database:
     """With v0 live, two queued edits and one replica."""
-    async with database.transaction() as conn:
-        await versions.ensure_base(conn, "base")
-        await edits.add(conn, EDITS)
-        assert await replicas.join(conn, "a", [])
-    return database
+    return await begun(database)
 
 
 async def request(store: Database, version_id: str, **options: float) -> Serving:
