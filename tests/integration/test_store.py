@@ -190,9 +190,16 @@ async def test_pages_are_newest_first_and_complete(database: Database) -> None:
 
 async def test_two_claims_at_once_never_share_an_edit(database: Database) -> None:
     stored = await add(database, *(f"fact {n}" for n in range(60)))
-    both = await asyncio.gather(*(claimed(database, max_edits=40) for _ in range(3)))
     async with database.transaction() as conn:
-        had = [edit.id for job in both for edit in await edits.of_job(conn, job.id)]
+        three = [await jobs.create(conn, max_edits=40) for _ in range(3)]
+
+    async def claim(job: Job) -> None:
+        async with database.transaction() as conn:
+            await edits.claim(conn, job)
+
+    await asyncio.gather(*map(claim, three))
+    async with database.transaction() as conn:
+        had = [edit.id for job in three for edit in await edits.of_job(conn, job.id)]
     assert Counter(had) == Counter(edit.id for edit in stored)
 
 
