@@ -13,7 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import metrics
 from service.coordinator.gate import Gate, refusal
-from service.errors import ConfigurationError, Conflict, Unavailable
+from service.errors import (
+    ConfigurationError,
+    Conflict,
+    NotFound,
+    Unavailable,
+    VersionRejected,
+)
 from service.inference import CompletionRequest, Inference
 from service.settings import Settings
 from service.store import replicas, serving, versions
@@ -84,7 +90,7 @@ class Rollout:
         return time.monotonic() - self._begun[1] > self._settings.stage_timeout_s
 
     async def _advance(self, version_id: str, late: bool) -> None:
-        if self._settings.replica_range[0] == 0 and not await self._running():
+        if self._settings.replica_range[0] == 0 and not late and not await self._running():
             await self._wake_a_replica()
         async with self._database.transaction() as conn:
             ready = await self._staged(conn, version_id, late)
@@ -102,6 +108,11 @@ class Rollout:
             if late:
                 await self._give_up(version_id, f"the gate could not ask it: {error}")
             raise
+        except (NotFound, VersionRejected) as error:
+            # A replica that joined meanwhile refuses it.
+            async with self._database.transaction() as conn:
+                await self._reject(conn, version_id, str(error))
+            return
         if found.passed:
             # Once more from the top: replicas may have come and gone meanwhile.
             await self._advance(version_id, late)
@@ -184,14 +195,21 @@ class Rollout:
             version_id = await serving.promotion_due(conn)
         if version_id is None:
             return
-        found = await self._gate.ask(version_id, present.version_id)
+        try:
+            found = await self._gate.ask(version_id, present.version_id)
+            against = None if found.passed else refusal(found)
+        except (NotFound, VersionRejected) as error:
+            against = str(error)
+        except ConfigurationError as error:
+            log.error("canary %s cannot be promoted: %s", version_id, error)
+            return
         try:
             async with self._database.transaction() as conn:
-                if found.passed:
+                if against is None:
                     await serving.request(conn, version_id)
                 else:
-                    log.error("canary %s rejected: %s", version_id, refusal(found))
-                    await serving.reject_canary(conn, version_id, refusal(found))
+                    log.error("canary %s rejected: %s", version_id, against)
+                    await serving.reject_canary(conn, version_id, against)
         except Conflict as conflict:
             log.info("canary %s: %s", version_id, conflict)
 

@@ -37,7 +37,6 @@ ROUTING_S = 0.5
 """How often a replica tells the routers what it holds."""
 SCALE_UP_S = 5.0
 """With too many queries for so long, a replica is added; the first one at once."""
-GIB = 1 << 30
 
 Load = Callable[[Settings, str], Engine]
 
@@ -183,7 +182,7 @@ def _bank(settings: Settings, engine: Engine, base_fingerprint: str) -> VersionB
         settings.version_store_url,
         base_fingerprint,
         settings.data_dir.resolve() / "cache",
-        cache_bytes=int(settings.version_cache_gb * GIB),
+        cache_bytes=settings.version_cache_bytes,
         timeout_s=settings.fetch_timeout_s,
         attempts=settings.fetch_attempts,
     )
@@ -192,7 +191,7 @@ def _bank(settings: Settings, engine: Engine, base_fingerprint: str) -> VersionB
         MeasuredSource(fetcher),
         base_fingerprint,
         capacity=settings.resident_versions,
-        capacity_bytes=None if settings.resident_gb is None else int(settings.resident_gb * GIB),
+        capacity_bytes=settings.resident_bytes,
     )
 
 

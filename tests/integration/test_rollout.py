@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from service.edits import EditState
-from service.errors import Conflict
+from service.errors import Conflict, VersionRejected
 from service.inference import Completion, CompletionRequest
 from service.jobs import JobState
 from service.settings import Settings
@@ -121,6 +121,23 @@ async def test_protected_prompts_must_be_answered_as_before(
     assert (gate.prompts_asked, gate.prompts_unchanged, gate.edits_reliable) == (2, 1, 2)
     [failure] = gate.failures
     assert (failure.prompt, failure.expected, failure.answer) == ("The sea is", "before", "dry")
+
+
+async def test_a_version_that_a_replica_refuses_when_the_gate_asks_is_rejected(
+    store: Database, database_url: str, settings: Settings
+) -> None:
+    class Refusing(Answers):
+        async def complete(self, request: CompletionRequest) -> Completion:
+            if (await served(store)).staging_id == request.version_id:
+                raise VersionRejected("a digest differs")
+            return await super().complete(request)
+
+    async with coordinating(store, database_url, settings, answers=Refusing()):
+        job = await start_job(store)
+        await acknowledge_staging(store)
+        assert (await ended(store, job.id)).error == "a digest differs"
+    assert (await version(store, "v1")).state is VersionState.REJECTED
+    assert (await served(store)).version_id == "v0"
 
 
 async def test_a_file_of_protected_prompts_that_is_unfit_ends_the_rollout_only(
