@@ -121,7 +121,7 @@ class Membership:
         except (Conflict, Unavailable) as error:
             log.warning("staging %s: %s", present.staging_id, error)
             return False
-        self._staging_key = _staging_key(present)
+        self._turn_to(present)
         return True
 
     async def _beat(self) -> None:
@@ -156,11 +156,15 @@ class Membership:
         """Stages beside the heartbeats: once for each time that a version is put up for staging."""
         if _staging_key(present) == self._staging_key:
             return
+        self._turn_to(present)
+        if present.staging_id is not None:
+            self._staging = self._tasks.create_task(self._stage(present.staging_id))
+
+    def _turn_to(self, present: Serving) -> None:
+        """What was being staged before is staged no more."""
         if self._staging is not None:
             self._staging.cancel()
         self._staging_key = _staging_key(present)
-        if present.staging_id is not None:
-            self._staging = self._tasks.create_task(self._stage(present.staging_id))
 
     async def _stage(self, version_id: str) -> None:
         """Load and acknowledge; a version that fails is reported, an outage is waited out."""

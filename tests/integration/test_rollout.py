@@ -243,6 +243,30 @@ async def test_a_canary_is_promoted_by_itself(
         assert (await generation(store, 3)).version_id == "v1"
 
 
+async def test_a_promotion_waits_while_the_protected_prompts_cannot_be_read(
+    store: Database,
+    database_url: str,
+    settings: Settings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def told() -> bool | None:
+        return "canary v1 cannot be promoted: gate_prompts" in caplog.text or None
+
+    await published(store, database_url, settings)
+    kept = tmp_path / "kept.txt"
+    kept.write_text("The sky is\n")
+    async with coordinating(store, database_url, settings.replace(gate_prompts=kept)):
+        await request(store, "v1", percent=5.0, promote_after_s=1.0)
+        await acknowledge_staging(store)
+        await generation(store, 2)
+        kept.write_text("{}\n")
+        await until(told)
+        kept.write_text("The sky is\n")
+        await acknowledge_staging(store)
+        assert (await generation(store, 3)).version_id == "v1"
+
+
 async def test_a_canary_that_fails_the_gate_again_is_rolled_back_by_itself(
     store: Database, database_url: str, settings: Settings
 ) -> None:
