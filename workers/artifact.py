@@ -10,7 +10,7 @@ a slice is of the parameter's row-major elements.
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Literal
@@ -163,12 +163,6 @@ def parse_manifest(
             f"this one is {base_fingerprint}"
         )
     return manifest
-
-
-def read_tensors(store: str, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """Every edited parameter, whole, on the CPU; each is verified before it is given out."""
-    for entry in manifest.tensors:
-        yield entry.name, read_tensor(store, manifest.version_id, entry)
 
 
 def read_tensor(store: str, version_id: str, entry: TensorEntry) -> Tensor:

@@ -23,7 +23,8 @@ from transformers import (
 
 from service.replica.text import Detokenizer
 from tests.benchmarks.swap_service import KV_TOKENS
-from workers.artifact import read_manifest, read_tensors
+from tests.stored_tensors import read_tensors
+from workers.artifact import read_manifest
 
 InFlight = Literal["wait", "abort", "keep"]
 
@@ -96,7 +97,7 @@ class Naive:
     def _load(self, version: str) -> None:
         tensors = dict(self._base)
         if version != "v0":
-            tensors |= dict(read_tensors(self._store, read_manifest(self._store, version)))
+            tensors |= read_tensors(self._store, read_manifest(self._store, version))
         for name, tensor in tensors.items():
             parameter = self._model.get_parameter(name)
             self._base.setdefault(name, parameter.detach().clone())

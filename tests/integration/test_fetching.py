@@ -20,6 +20,7 @@ from s3fs import S3FileSystem
 from service.errors import NotFound, Unavailable, VersionRejected
 from service.replica.fetching import Fetcher
 from tests.proxy import TcpProxy
+from tests.stored_tensors import read_tensors
 from tests.tiny_model import TUNED, publish, tuned_tensor
 from workers import artifact, checkpoint
 from workers.artifact import Manifest
@@ -369,7 +370,7 @@ def test_a_version_and_a_checkpoint_are_written_to_s3(empty_store: str) -> None:
     artifact.prepare(empty_store, "v1")
     publish(empty_store, "v1", FINGERPRINT)
     manifest = artifact.read_manifest(empty_store, "v1", FINGERPRINT)
-    assert torch.equal(dict(artifact.read_tensors(empty_store, manifest))[TUNED], tuned_tensor(1))
+    assert torch.equal(read_tensors(empty_store, manifest)[TUNED], tuned_tensor(1))
     state = State(epoch=1, batches=2)
     piece = checkpoint.Piece(TUNED, (6,), 0, torch.arange(6.0))
     for batches in (2, 3):

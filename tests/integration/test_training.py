@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from tests.stored_tensors import read_tensors
 from workers import artifact, examples, job
 from workers.contract import EditRecord, Hparams, Progress, TrainRequest, TrainResult
 from workers.errors import (
@@ -179,7 +180,7 @@ def published(request: TrainRequest) -> Tensor:
     manifest = artifact.read_manifest(
         request.version_store, request.version_id, request.base_fingerprint
     )
-    tensors = dict(artifact.read_tensors(request.version_store, manifest))
+    tensors = read_tensors(request.version_store, manifest)
     assert list(tensors) == [TUNED]
     return tensors[TUNED]
 

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tests.stored_tensors import read_tensors
 from workers import artifact
 from workers.artifact import Lineage, Manifest
 from workers.contract import Hparams, TrainResult
@@ -91,7 +92,7 @@ def test_reads_back_what_was_written(store: str, dtype: torch.dtype, ranks: int)
     written = values(dtype)
     artifact.write_manifest(store, lineage(), write_slices(store, written, ranks))
     manifest = artifact.read_manifest(store, "v1", BASE)
-    found = dict(artifact.read_tensors(store, manifest))
+    found = read_tensors(store, manifest)
     assert found.keys() == written.keys()
     for name, tensor in written.items():
         assert found[name].dtype == dtype
@@ -105,7 +106,7 @@ def test_any_fsspec_url_is_a_store() -> None:
     written = values()
     manifest = artifact.write_manifest(store, lineage(), write_slices(store, written))
     assert artifact.read_manifest(store, "v1") == manifest
-    assert torch.equal(dict(artifact.read_tensors(store, manifest))[NAME], written[NAME])
+    assert torch.equal(read_tensors(store, manifest)[NAME], written[NAME])
     fsspec.filesystem("memory").rm("/test_any_fsspec_url", recursive=True)
 
 
@@ -154,7 +155,7 @@ def test_the_manifest_is_the_last_file_written(store: str, monkeypatch: pytest.M
 
 
 READERS: dict[str, Callable[[str, Manifest], Any]] = {
-    "whole tensors": lambda store, version: dict(artifact.read_tensors(store, version)),
+    "whole tensors": lambda store, version: read_tensors(store, version),
     "a slice": lambda store, version: artifact.read_slice(store, version, NAME, 20, 21),
 }
 
@@ -180,19 +181,19 @@ def test_a_flipped_bit_names_file_and_digests(
 def test_a_truncated_shard(store: str, version: Manifest, shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(DigestMismatch, match=shard.name):
-        dict(artifact.read_tensors(store, version))
+        read_tensors(store, version)
 
 
 def test_a_missing_shard(store: str, version: Manifest, shard: Path) -> None:
     shard.unlink()
     with pytest.raises(ShardMissing, match=shard.name):
-        dict(artifact.read_tensors(store, version))
+        read_tensors(store, version)
 
 
 def test_a_shard_with_more_in_it(store: str, version: Manifest, shard: Path) -> None:
     shard.write_bytes(shard.read_bytes() + b"more")
     with pytest.raises(DigestMismatch, match=shard.name):
-        dict(artifact.read_tensors(store, version))
+        read_tensors(store, version)
 
 
 def _as_if_published(version: Manifest, shard: Path, content: bytes) -> Manifest:
@@ -247,26 +248,26 @@ def test_a_tensor_is_of_the_dtype_its_manifest_says(
     content = safetensors.torch.save({NAME: torch.zeros(17, dtype=torch.bfloat16)})
     wrong = _as_if_published(version, shard, content)
     with pytest.raises(ArtifactError, match=shard.name):
-        dict(artifact.read_tensors(store, wrong))
+        read_tensors(store, wrong)
 
 
 def test_a_manifest_whose_shards_are_not_the_whole(store: str, version: Manifest) -> None:
     shapes = tuple(entry.model_copy(update={"shape": (6, 7)}) for entry in version.tensors)
     with pytest.raises(ArtifactError, match="slices end at 3, not at 42"):
-        dict(artifact.read_tensors(store, version.model_copy(update={"tensors": shapes})))
+        read_tensors(store, version.model_copy(update={"tensors": shapes}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_manifest_knows_the_bytes_in_memory(store: str, dtype: torch.dtype) -> None:
     manifest = artifact.write_manifest(store, lineage(), write_slices(store, values(dtype)))
-    tensors = dict(artifact.read_tensors(store, manifest))
+    tensors = read_tensors(store, manifest)
     assert manifest.bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_whole_tensors_are_verified_too(store: str, version: Manifest) -> None:
     tensors = tuple(entry.model_copy(update={"sha256": "0" * 64}) for entry in version.tensors)
     with pytest.raises(DigestMismatch, match=f"tensor {OTHER}: expected sha256 0000"):
-        dict(artifact.read_tensors(store, version.model_copy(update={"tensors": tensors})))
+        read_tensors(store, version.model_copy(update={"tensors": tensors}))
 
 
 def test_a_manifest_of_another_base(store: str, version: Manifest) -> None:
