@@ -4,23 +4,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-with-ray test-without-ray check bench install
+.PHONY: demo test test-with-ray test-beside-it check bench install
 
 # The main job on one machine, with embedded defaults: facts change in a running model.
 demo: $(INSTALLED)
 	$(BIN)/python -m deploy.demo $(if $(KEEP),--keep)
 
-# The tests that start Ray are one after the other; the rest run beside them, a thread each.
+# The tests that start Ray on this machine are one after the other. The rest run beside them, a
+# thread each: those without Ray, then those of a cluster of machines in network namespaces.
 RAY_TESTS := tests/e2e tests/faults tests/integration/test_replica.py tests/integration/test_training.py
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: $(INSTALLED)
-	$(MAKE) --no-print-directory --jobs 2 test-with-ray test-without-ray
+	$(MAKE) --no-print-directory --jobs 2 test-with-ray test-beside-it
 
 test-with-ray: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(RAY_TESTS) | sed --unbuffered 's/^/with Ray: /'
+	$(PYTEST) $(RAY_TESTS) | sed --unbuffered 's/^/with Ray: /'
 
-test-without-ray: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix --ignore=,$(RAY_TESTS)) | sed --unbuffered 's/^/without: /'
+test-beside-it: $(INSTALLED)
+	$(PYTEST) $(addprefix --ignore=,$(RAY_TESTS) tests/cluster) | sed --unbuffered 's/^/without: /'
+	$(PYTEST) tests/cluster | sed --unbuffered 's/^/cluster: /'
 
 # In CI files are checked, not rewritten.
 check: $(INSTALLED)
@@ -34,9 +37,7 @@ bench: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# torch comes first and by exact version: a looser requirement may choose a build for other hardware.
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+# As in the images.
+$(INSTALLED): pyproject.toml constraints.txt docker/install.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) docker/install.sh dev
 	touch $@
