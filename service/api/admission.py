@@ -1,7 +1,8 @@
 """Which version answers a query: decided here, once, before any replica sees it.
 
-Follows what is committed by notification, which carries it, and by a poll; while the database is
-away it goes on with what it knew last, and never goes back to an earlier generation.
+Follows what is committed by notification, which carries it, and by a poll. Once it has heard
+nothing for a while it asks before it answers, since a commit may have been missed; if the database
+is away it goes on with what it knew last. It never goes back to an earlier generation.
 """
 
 import asyncio
@@ -18,6 +19,10 @@ from service.store.database import Database
 from service.versions import BASE_VERSION, Canary, Committed, VersionState
 
 POLL_S = 1.0
+LOST_S = 3.0
+"""Without a word from the database for so long, a query asks it first."""
+CATCH_UP_S = 4.0
+"""And waits so long: more than TCP does between its first attempts to connect (1 s, 2 s)."""
 KNOWN_FOR_S = 5.0
 _VERSION = re.compile(r"v(0|[1-9][0-9]{0,8})")
 
@@ -38,6 +43,9 @@ class Admission:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._committed: Committed | None = None
+        self._heard_at = float("-inf")
+        """When the database last told what is committed, in seconds of the monotonic clock."""
+        self._asking: asyncio.Task[None] | None = None
         self._usable: dict[str, float] = {BASE_VERSION: float("inf")}
         """When each version was last seen usable, in seconds of the monotonic clock."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -50,7 +58,10 @@ class Admission:
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._asking is not None:
+            self._asking.cancel()
+        ended = filter(None, (*self._tasks, self._asking))
+        await asyncio.gather(*ended, return_exceptions=True)
 
     @property
     def informed(self) -> bool:
@@ -100,6 +111,8 @@ class Admission:
     async def _reached(self, generation: int) -> Committed:
         if self._committed is None or self._committed.generation < generation:
             await self._refresh()
+        elif time.monotonic() - self._heard_at > LOST_S:
+            await asyncio.wait((self._ask(),), timeout=CATCH_UP_S)
         now = self._committed
         if now is None:
             raise Unavailable("what is served is not known yet; try again soon")
@@ -117,7 +130,13 @@ class Admission:
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL_S)
-            await self._refresh()
+            await asyncio.wait((self._ask(),))
+
+    def _ask(self) -> asyncio.Task[None]:
+        """One for all that wait for it."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._refresh())
+        return self._asking
 
     async def _refresh(self) -> None:
         try:
@@ -127,6 +146,7 @@ class Admission:
             log.warning("serving the last known version: %s", error)
 
     def _learn(self, committed: Committed) -> None:
+        self._heard_at = time.monotonic()
         if self._committed is None or committed.generation > self._committed.generation:
             self._committed = committed
 

@@ -4,12 +4,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import psycopg
 import pytest
 from sqlalchemy import make_url
 
+from service.api import admission as admission_module
 from service.api.admission import Admission, Admitted
 from service.api.app import create_api
 from service.errors import NotFound, Unavailable
@@ -17,6 +19,7 @@ from service.inference import Chunk, Completion, CompletionRequest
 from service.settings import Settings
 from service.store import replicas, serving
 from service.store.database import Database
+from tests.proxy import TcpProxy
 from tests.tiny_model import register
 
 pytestmark = pytest.mark.anyio
@@ -97,6 +100,29 @@ async def test_names(store: Database) -> None:
         with pytest.raises(NotFound):
             await admission.resolve(model)
     await admission.stop()
+
+
+async def test_a_commit_missed_while_cut_off_is_learnt_before_the_next_answer(
+    store: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission_module, "LOST_S", 0.0)
+    monkeypatch.setattr(admission_module, "POLL_S", 60.0)
+    url = make_url(database_url)
+    socket = Path(str(url.query["host"])) / ".s.PGSQL.5432"
+    with TcpProxy(socket) as proxy:
+        host, port = proxy.address
+        cut_off = Database(f"postgresql://postgres@{host}:{port}/{url.database}")
+        async with admitting(cut_off) as admission:
+            proxy.hold()
+            assert await roll_out(store, "v1") == 2
+            monkeypatch.setattr(admission_module, "CATCH_UP_S", 0.1)
+            assert await admission.resolve("errata") == Admitted("v0", 1)
+            monkeypatch.setattr(admission_module, "CATCH_UP_S", 60.0)
+            asked = asyncio.create_task(admission.resolve("errata"))
+            await asyncio.sleep(0)
+            proxy.release()
+            assert await asked == Admitted("v1", 2)
+        await cut_off.dispose()
 
 
 async def test_a_rejected_version_is_no_model(store: Database, api: httpx.AsyncClient) -> None:
