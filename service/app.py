@@ -1,22 +1,36 @@
-"""`build_app`: the only wiring. Which deployments there are, and what each is given."""
+"""`build_app`: the only wiring. Which deployments there are, and what each is given.
 
+`application` is what a Serve config names: the same, from settings in the environment.
+"""
+
+import asyncio
 import gc
+import os
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import ray
 from fastapi import FastAPI
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from service import preflight
 from service.api.app import create_api
+from service.build import source_digest
 from service.coordinator.deployment import Coordinator
 from service.coordinator.pipeline import BaseModel
+from service.errors import ConfigurationError
 from service.metrics import exporters
 from service.replica.client import ServeInference
 from service.replica.deployment import replicas
-from service.replica.running import running_replicas
-from service.settings import Settings
+from service.replica.running import http_host, running_replicas
+from service.settings import Settings, problems
+from service.store import versions
 from service.store.database import Database
+from service.store.migrate import upgrade
+from workers import models
 
 APP_NAME = "errata"
 
@@ -64,6 +78,7 @@ class CoordinatorProcess(Coordinator):
             ServeInference(replica),
             partial(running_replicas, replica),
             train,
+            ray.get_runtime_context().get_session_name(),
         )
 
 
@@ -75,9 +90,11 @@ def freeze() -> None:
 
 def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.Application:
     """The Serve application: Api, Coordinator and Replica over one PostgreSQL."""
-    light = {"num_cpus": 0}
+    light = {"num_cpus": settings.api_cpus}
     # Where Ray Train looks for its cluster to clean up after a killed run: a node may have several.
-    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    # Nodes that are told know best: a head that is started again may have another address.
+    told = "RAY_ADDRESS" in os.environ
+    cluster = {} if told else {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     coordinator = serve.deployment(CoordinatorProcess, name="Coordinator").options(
         num_replicas=1,
         ray_actor_options={**light, "runtime_env": {"env_vars": cluster}},
@@ -88,10 +105,55 @@ def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.A
         max_ongoing_requests=1024,
         ray_actor_options=light,
     )
-    inference = replicas(settings, database_url, base.fingerprint)
+    inference = replicas(settings, database_url, base.fingerprint, source_digest())
     return api.bind(
         settings,
         database_url,
         inference,
         coordinator.bind(settings, database_url, base, inference),
     )
+
+
+def application(args: Mapping[str, Any]) -> serve.Application:
+    """The service on the Ray cluster that Serve runs on; what `deploy/serve/serve.yaml` names.
+
+    Settings are those of the environment, but for `args`, by name. Raises `ConfigurationError`,
+    which Serve shows as the application's status, if something that it needs is not there.
+    """
+    settings = settings_from(args)
+    preflight.check_host(http_host(), settings.behind_proxy)
+    preflight.require(settings)
+    assert settings.database_url is not None
+    base = base_model(settings)
+    upgrade(settings.database_url)
+    asyncio.run(ensure_base(settings.database_url, base.fingerprint))
+    return build_app(settings, settings.database_url, base)
+
+
+def settings_from(args: Mapping[str, Any]) -> Settings:
+    """The environment's settings, but for `args`; `ConfigurationError` for one that is unfit."""
+    if unknown := sorted(args.keys() - Settings.model_fields.keys()):
+        raise ConfigurationError(
+            f"args: {', '.join(unknown)} is no setting; the settings are "
+            f"{', '.join(Settings.model_fields)}"
+        )
+    try:
+        return Settings().replace(**args)
+    except ValidationError as error:
+        raise ConfigurationError(problems(error)) from None
+
+
+def base_model(settings: Settings) -> BaseModel:
+    """Reads all of its weights. Raises `UnsupportedModel` if it cannot be edited."""
+    path = models.resolve(settings.model_path)
+    return BaseModel(str(path), models.check(path), models.fingerprint(path))
+
+
+async def ensure_base(database_url: str, fingerprint: str) -> None:
+    """Raises `ConfigurationError` if the database belongs to another base model."""
+    store = Database(database_url)
+    try:
+        async with store.transaction() as conn:
+            await versions.ensure_base(conn, fingerprint)
+    finally:
+        await store.dispose()

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from service import display
 from service.client import ApiError, Client, read_jsonl
+from service.commands.check import check
 from service.commands.evaluate import evaluate
 from service.commands.locate import locate
 from service.commands.plan import plan
@@ -28,6 +29,7 @@ versions_app = typer.Typer(help="Look at versions, roll forward or back.", no_ar
 app.add_typer(edits_app, name="edits")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(versions_app, name="versions")
+app.command("check")(check)
 app.command("eval")(evaluate)
 app.command("locate")(locate)
 app.command("plan")(plan)
@@ -132,6 +134,15 @@ def run_job(
         str | None, typer.Option(help="How many earlier edits to ask again: a number, or all.")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Watch it to its end.")] = False,
+    here: Annotated[
+        bool,
+        typer.Option(
+            "--here",
+            help="Train it on the Ray cluster where this runs (RAY_ADDRESS; none: one of its own) "
+            "and leave the rest to the service; returns once trained, unless --wait. "
+            "First, a job that such a command left unfinished is gone on with instead.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Start a batch-edit job over the queued edits."""
@@ -140,6 +151,11 @@ def run_job(
         body["max_edits"] = max_edits
     if recheck is not None:
         body["recheck"] = int(recheck) if recheck.isdecimal() else recheck
+    if here:
+        from service.commands.here import run_here
+
+        conclude(run_here(body, wait, quiet=as_json), as_json, wait=wait)
+        return
     with client() as api:
         job = api.post("/jobs", body)
         if not wait:
@@ -170,9 +186,14 @@ def watch_job(job_id: str, as_json: AsJson = False) -> None:
 
 
 def finish(api: Client, job_id: str, as_json: bool) -> None:
-    job = display.watch(api, job_id, quiet=as_json)
+    conclude(display.watch(api, job_id, quiet=as_json), as_json)
+
+
+def conclude(job: dict[str, Any], as_json: bool, *, wait: bool = True) -> None:
+    """Success is that it is done or, of one that is not waited for, that it has not failed."""
+    state = job["state"]
     show(job, as_json, display.job)
-    if job["state"] != "done":
+    if state == "failed" or (wait and state != "done"):
         raise typer.Exit(1)
 
 

@@ -1,9 +1,11 @@
 """What the command line shows. Knows only the shapes of the HTTP answers."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -32,6 +34,12 @@ def pairs(values: JSON) -> None:
 
 def ready(value: JSON) -> None:
     console.print(f"Errata is ready at {value['url']} (API: {value['url']}/docs). Ctrl-C ends it.")
+
+
+def findings(found: list[JSON]) -> None:
+    for one in found:
+        mark = "[green]ok[/]  " if one["passed"] else "[red]FAIL[/]"
+        console.print(f"{mark} {one['about']}: {escape(one['detail'])}")
 
 
 def submitted(answers: list[JSON]) -> None:
@@ -140,12 +148,24 @@ def figures(values: JSON) -> str:
 
 
 def watch(api: Client, job_id: str, *, quiet: bool = False) -> JSON:
-    """Follows a job until it ends: a bar on a terminal, a line a change otherwise."""
+    """Follows a job until it ends, showing how it goes."""
+    with watching(quiet=quiet) as show:
+        while (item := api.get(f"/jobs/{job_id}"))["state"] not in ENDED:
+            show(item)
+            time.sleep(POLL_S)
+    return item
+
+
+@contextmanager
+def watching(*, quiet: bool = False) -> Iterator[Callable[[JSON], None]]:
+    """Shows a job each time it is given: a bar on a terminal, a line a change otherwise."""
     shown = None
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
         bar = bars.add_task("pending", total=1.0)
-        while (item := api.get(f"/jobs/{job_id}"))["state"] not in ENDED:
+
+        def show(item: JSON) -> None:
+            nonlocal shown
             progress = item["progress"] or {"epoch": 0, "max_epochs": 1}
             bars.update(
                 bar, description=status(item), completed=progress["epoch"] / progress["max_epochs"]
@@ -154,8 +174,8 @@ def watch(api: Client, job_id: str, *, quiet: bool = False) -> JSON:
             if stage != shown and not quiet and not console.is_terminal:
                 console.print(status(item))
             shown = stage
-            time.sleep(POLL_S)
-    return item
+
+        yield show
 
 
 def status(item: JSON) -> str:

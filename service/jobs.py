@@ -27,6 +27,13 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Trainer(StrEnum):
+    COORDINATOR = "coordinator"
+    """The service's leader, on the Ray cluster that serves."""
+    RUNNER = "runner"
+    """`errata jobs run --here`, on the Ray cluster where that runs."""
+
+
 _ENDS = frozenset({JobState.FAILED, JobState.CANCELLED})
 
 JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
@@ -40,6 +47,7 @@ JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.CANCELLED: frozenset(),
 }
 
+UNTRAINED = frozenset({JobState.PENDING, JobState.TRAINING})
 FINISHED = frozenset(state for state, following in JOB_TRANSITIONS.items() if not following)
 
 
@@ -57,6 +65,9 @@ class Job:
     """Overrides of the model family's hyperparameters."""
     recheck: int | None
     """How many of the parent's edits are asked again of the new version, or None for all."""
+    trained_by: Trainer
+    trainer_id: str | None
+    """Of the one process that may train it now; drawn anew by each that takes it."""
     parent_id: str | None
     version_id: str | None
     """Allocated when training starts."""

@@ -9,13 +9,10 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import ip_address
 from pathlib import Path
 
 from service.errors import ConfigurationError
 from service.settings import Settings
-from service.store import versions
-from service.store.database import Database
 from service.store.embedded import EmbeddedPostgres
 from service.store.migrate import upgrade
 
@@ -43,22 +40,20 @@ def run(settings: Settings, ready: Callable[[str], None]) -> None:
 @contextmanager
 def started(settings: Settings) -> Iterator[str]:
     """The running service's URL; everything ends with the block."""
-    from service.app import APP_NAME, build_app
-    from service.coordinator.pipeline import BaseModel
-    from workers.models import check, fingerprint, resolve
+    from service.app import APP_NAME, base_model, build_app, ensure_base
+    from service.preflight import alive_nodes, check_host, check_shared
 
-    check_host(settings.host)
+    check_host(settings.host, settings.behind_proxy)
     check_port(settings.host, settings.port)
-    path = resolve(settings.model_path)
-    facts = check(path)
-    log.info("reading the model %s", path)
-    base = BaseModel(str(path), facts, fingerprint(path))
+    log.info("reading the model %s", settings.model_path)
+    base = base_model(settings)
     with owned(settings.data_dir), database(settings) as database_url:
         upgrade(database_url)
         asyncio.run(ensure_base(database_url, base.fingerprint))
         with ray_cluster(settings):
             from ray import serve
 
+            check_shared(settings, len(alive_nodes()))
             serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": settings.host, "port": settings.port},
@@ -71,23 +66,6 @@ def started(settings: Settings) -> Iterator[str]:
             finally:
                 log.info("ending: requests in flight are answered first")
                 serve.shutdown()
-
-
-def check_host(host: str) -> None:
-    """Refuses to listen beyond this machine: nobody is authenticated yet."""
-    if host != "localhost" and not (is_address(host) and ip_address(host).is_loopback):
-        raise ConfigurationError(
-            f"host: {host!r} is not a loopback address, and requests are not authenticated; "
-            "use 127.0.0.1 and a proxy that authenticates"
-        )
-
-
-def is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def check_port(host: str, port: int) -> None:
@@ -134,15 +112,6 @@ def database(settings: Settings) -> Iterator[str]:
         yield server.start()
     finally:
         server.stop()
-
-
-async def ensure_base(database_url: str, fingerprint: str) -> None:
-    store = Database(database_url)
-    try:
-        async with store.transaction() as conn:
-            await versions.ensure_base(conn, fingerprint)
-    finally:
-        await store.dispose()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workers.contract import Offload
@@ -23,6 +23,9 @@ class Settings(BaseSettings):
     """`demo`, a directory, or a hub id."""
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    behind_proxy: bool = False
+    """Whatever reaches the port was authenticated by a proxy before it; only then may it be open
+    beyond this machine."""
     data_dir: Path = Path(".errata")
     database_url: str | None = Field(default=None, repr=False)
     """PostgreSQL URL; none: an embedded server under the data directory."""
@@ -39,7 +42,15 @@ class Settings(BaseSettings):
     """Autoscaling: queries in flight that a replica should have."""
     scale_down_after_s: float = Field(default=300.0, ge=0)
     """Autoscaling: with too few queries for so long, a replica is ended."""
+    replica_cpus: float = Field(default=0.0, ge=0)
+    """CPUs of the Ray cluster that each replica reserves."""
+    replica_gpus: float = Field(default=0.0, ge=0, le=1)
+    """GPUs that each replica reserves; 0: it computes on CPUs. The engine runs on one GPU."""
     api_replicas: int = Field(default=1, ge=1)
+    api_cpus: float = Field(default=0.0, ge=0)
+    """CPUs that each Api, and the coordinator, reserves: above 0, none is on a head without any."""
+    cluster_wait_s: float = Field(default=600.0, ge=0)
+    """How long a deployment waits for nodes with the GPUs that a replica needs."""
     train_workers: int = Field(default=2, ge=1)
     """Training ranks, at most."""
     train_workers_min: int | None = Field(default=None, ge=1)
@@ -48,6 +59,8 @@ class Settings(BaseSettings):
     """Host memory per rank, in GiB, for what the frozen layers computed; the rest is in files."""
     offload: Offload = "none"
     """Where frozen weights are kept between uses in training."""
+    runner_timeout_s: float = Field(default=900.0, ge=0)
+    """A job of `errata jobs run --here` that nobody has trained for so long fails."""
     checkpoint_every_s: float = Field(default=30.0, ge=0)
     """At least so long between two checkpoints of a training run."""
     hparams: Path | None = None
@@ -148,3 +161,8 @@ class Settings(BaseSettings):
     def replace(self, **changes: Any) -> "Settings":
         """A copy with some fields changed; the changes are validated."""
         return Settings.model_validate({**self.model_dump(), **changes})
+
+
+def problems(error: ValidationError) -> str:
+    """What is wrong with which settings, a line each."""
+    return "\n".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())

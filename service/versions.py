@@ -153,6 +153,8 @@ class StagedVersion:
 @dataclass(frozen=True)
 class ReplicaStatus:
     id: str
+    cluster: str
+    """The Ray cluster that runs it."""
     state: ReplicaState
     resident: tuple[str, ...]
     staged: tuple[StagedVersion, ...]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from service.coordinator.deployment import Coordinator
-from service.coordinator.pipeline import BaseModel, Train
+from service.coordinator.pipeline import BaseModel
+from service.coordinator.training import Train
 from service.edits import Edit, NewEdit
 from service.inference import Chunk, Completion, CompletionRequest
 from service.jobs import FINISHED, Job

@@ -16,14 +16,14 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class TcpProxy:
-    """Listens on a free port of the loopback and forwards to a server.
+    """Listens on a free port of `host` and forwards to a server.
 
     `target` is its host and port, or the path of its unix socket. As a context it starts and stops.
     """
 
-    def __init__(self, target: tuple[str, int] | Path) -> None:
+    def __init__(self, target: tuple[str, int] | Path, host: str = "127.0.0.1") -> None:
         self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, 0))
         self._flowing = threading.Event()
         self._flowing.set()
         self._refusing = False

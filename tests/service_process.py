@@ -17,7 +17,7 @@ class ServiceProcess:
     """One run of `errata up` on `data_dir`; `client` talks to it."""
 
     def __init__(self, data_dir: Path, **environment: str) -> None:
-        self._data_dir = data_dir
+        self.data_dir = data_dir
         self._log = data_dir.with_suffix(".log")
         command = [sys.executable, "-m", "service.cli", "up", "--json", "--port", str(free_port())]
         with self._log.open("a") as log:
@@ -36,7 +36,7 @@ class ServiceProcess:
     def processes(self) -> list[psutil.Process]:
         """The service and everything it started, the database's daemon included."""
         own = psutil.Process(self._process.pid)
-        postgres = str(self._data_dir / "postgres")
+        postgres = str(self.data_dir / "postgres")
         daemons = [p for p in psutil.process_iter() if postgres in command_line(p)]
         families = [member for p in (own, *daemons) for member in (p, *p.children(recursive=True))]
         return list(dict.fromkeys(families))

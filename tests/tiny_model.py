@@ -13,6 +13,7 @@ from service.store import edits, jobs, versions
 from service.store.database import Database
 from workers.artifact import Lineage, Manifest, write_manifest, write_slice
 from workers.contract import Hparams, TrainResult
+from workers.slices import Writer
 
 TUNED = "model.layers.1.mlp.down_proj.weight"
 SHAPE = (64, 128)
@@ -67,7 +68,13 @@ def publish(store: str, version_id: str, base_fingerprint: str) -> Manifest:
     half = flat.numel() // 2
     slices = [
         write_slice(
-            store, version_id, TUNED, SHAPE, rank * half, flat[rank * half :][:half], rank, 2
+            store,
+            version_id,
+            TUNED,
+            SHAPE,
+            rank * half,
+            flat[rank * half :][:half],
+            Writer(rank, 2, "test"),
         )
         for rank in range(2)
     ]

@@ -1,10 +1,11 @@
 """The version store: safetensors shards and a manifest, written once and verified on every read.
 
-    <store>/versions/<id>/<parameter>.<rank>-of-<ranks>.safetensors    a flat slice [start, end)
-    <store>/versions/<id>/manifest.json                                renamed into place last
+    <store>/versions/<id>/<parameter>.<rank>-of-<ranks>.<attempt>.safetensors    a flat slice
+    <store>/versions/<id>/manifest.json                                          put there last
 
-The store is any fsspec URL. No manifest means no version. Knows nothing of models or processes;
-a slice is of the parameter's row-major elements.
+The store is any fsspec URL. No manifest means no version, and what it names is never written again:
+of several attempts at a version, one that its job was taken from among them, the first to finish
+makes it. Knows nothing of models or processes; a slice is of the parameter's row-major elements.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from torch import Tensor
 from workers import slices
 from workers.contract import DType, Hparams, Record, TrainResult
 from workers.errors import ArtifactError, BaseMismatch, DigestMismatch, ManifestMissing
-from workers.slices import Folder, Shard, Slice
+from workers.slices import Folder, Shard, Slice, Writer
 
 FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -91,13 +92,6 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(slices.raw(tensor)).hexdigest()
 
 
-def prepare(store: str, version_id: str) -> None:
-    """Removes what an unfinished run left of a version; refuses the id of a finished one."""
-    folder = _writable(store, version_id)
-    folder.remove()
-    folder.make()
-
-
 def write_slice(
     store: str,
     version_id: str,
@@ -105,18 +99,18 @@ def write_slice(
     shape: Sequence[int],
     start: int,
     flat: Tensor,
-    rank: int,
-    ranks: int,
+    writer: Writer,
 ) -> Slice:
     """Writes a rank's flat slice of a parameter, beginning at element `start`, durably."""
     folder = _writable(store, version_id)
-    return slices.write_slice(folder, name, shape, start, flat, rank, ranks)
+    return slices.write_slice(folder, name, shape, start, flat, writer)
 
 
 def write_manifest(store: str, lineage: Lineage, pieces: Sequence[Slice]) -> Manifest:
     """Reads all slices back, verifies that they are whole, and makes the version exist.
 
-    Raises `ArtifactError` if the slices of a tensor leave a gap or overlap.
+    What other attempts left is removed. Raises `ArtifactError` if the slices of a tensor leave a
+    gap or overlap, or if the version was finished by another attempt.
     """
     folder = _writable(store, lineage.version_id)
     names = sorted({piece.name for piece in pieces})
@@ -124,7 +118,14 @@ def write_manifest(store: str, lineage: Lineage, pieces: Sequence[Slice]) -> Man
         _entry(folder, [piece for piece in pieces if piece.name == name]) for name in names
     )
     manifest = Manifest(**dict(lineage), tensors=entries)
-    folder.write_last(MANIFEST, manifest.model_dump_json(indent=2).encode())
+    try:
+        folder.write_last(MANIFEST, manifest.model_dump_json(indent=2).encode())
+    except FileExistsError as error:
+        raise _finished(folder) from error
+    named = {MANIFEST, *(shard.file for entry in entries for shard in entry.shards)}
+    for file in folder.files():
+        if file not in named:
+            folder.remove_file(file)
     return manifest
 
 
@@ -217,5 +218,9 @@ def _folder(store: str, version_id: str) -> Folder:
 def _writable(store: str, version_id: str) -> Folder:
     folder = _folder(store, version_id)
     if folder.has(MANIFEST):
-        raise ArtifactError(f"{folder} is a finished version and cannot be written again")
+        raise _finished(folder)
     return folder
+
+
+def _finished(folder: Folder) -> ArtifactError:
+    return ArtifactError(f"{folder} is a finished version and cannot be written again")

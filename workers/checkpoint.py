@@ -1,7 +1,8 @@
 """A run's checkpoints: what a job needs to go on after its workers, or their nodes, have died.
 
-    <store>/checkpoints/<job>/<epoch>-<batches>/    slices of the tuned weights and Adam's moments
-    .../checkpoint.json                             the loop's state; renamed into place last
+    <store>/checkpoints/<job>/<epoch>-<batches>-<attempt>/
+        slices of the tuned weights and Adam's moments
+        checkpoint.json                                     the loop's state; put there last
 
 In the version store, because that is what survives a node. A checkpoint is not bound to the number
 of ranks that wrote it. Only the newest is kept.
@@ -18,10 +19,10 @@ from workers import slices
 from workers.contract import Record
 from workers.errors import ArtifactError, TrainingFailed
 from workers.locft import State
-from workers.slices import Folder, Shard, Slice
+from workers.slices import Folder, Shard, Slice, Writer
 
 FILE = "checkpoint.json"
-_FOLDER = re.compile(r"\d{5}-\d{7}")
+_FOLDER = re.compile(r"\d{5}-\d{7}-\w+")
 
 Gather = Callable[[list[Slice]], list[Slice]]
 """All ranks' slices, from this rank's; a barrier."""
@@ -60,33 +61,43 @@ class Saved:
         return slices.read_range(self.folder, name, self.tensors[name], start, end)
 
 
-def save(
-    store: str,
-    job_id: str,
-    state: State,
-    pieces: Iterable[Piece],
-    rank: int,
-    ranks: int,
-    gather: Gather,
-) -> None:
-    """Writes a checkpoint, on all ranks together; the ones before are removed.
+class Checkpoints:
+    """Those that one attempt at a job writes.
 
-    Raises `TrainingFailed` if it cannot be written, or holds what is not a number; the one before
-    is kept then.
+    It removes its own and those that were there when it began, which may be of an attempt that is
+    no longer wanted and does not know yet: never those of one that began later.
     """
-    root = Folder(store, "checkpoints", job_id)
-    folder = Folder(store, "checkpoints", job_id, f"{state.epoch:05d}-{state.batches:07d}")
-    try:
-        everyones = gather([_write(folder, piece, rank, ranks) for piece in pieces])
-        if rank == 0:
-            _finish(folder, Contents(job_id=job_id, state=state, tensors=_whole(everyones)))
-            _remove_others(root, folder)
-    except OSError as error:
-        folder.remove()
-        raise TrainingFailed(
-            f"a checkpoint cannot be written to {folder}: {error.strerror or error}; the version "
-            "store needs room for three float32 copies of the tuned weights, twice"
-        ) from error
+
+    def __init__(self, store: str, job_id: str, writer: Writer) -> None:
+        self._store, self._job_id, self._writer = store, job_id, writer
+        self._root = Folder(store, "checkpoints", job_id)
+        self._earlier = set(self._root.folders())
+
+    def save(self, state: State, pieces: Iterable[Piece], gather: Gather) -> None:
+        """Writes a checkpoint, on all ranks together; the ones before are removed.
+
+        Raises `TrainingFailed` if it cannot be written, or holds what is not a number; the one
+        before is kept then.
+        """
+        name = f"{state.epoch:05d}-{state.batches:07d}-{self._writer.attempt}"
+        folder = Folder(self._store, "checkpoints", self._job_id, name)
+        try:
+            everyones = gather([_write(folder, piece, self._writer) for piece in pieces])
+            if self._writer.rank == 0:
+                contents = Contents(job_id=self._job_id, state=state, tensors=_whole(everyones))
+                folder.write_last(FILE, contents.model_dump_json().encode())
+                self._remove_earlier()
+        except OSError as error:
+            folder.remove()
+            raise TrainingFailed(
+                f"a checkpoint cannot be written to {folder}: {error.strerror or error}; the "
+                "version store needs room for three float32 copies of the tuned weights, twice"
+            ) from error
+        self._earlier.add(name)
+
+    def _remove_earlier(self) -> None:
+        for name in self._earlier.intersection(self._root.folders()):
+            self._root.remove_folder(name)
 
 
 def newest(store: str, job_id: str) -> Saved | None:
@@ -104,13 +115,13 @@ def discard(store: str, job_id: str) -> None:
     Folder(store, "checkpoints", job_id).remove()
 
 
-def _write(folder: Folder, piece: Piece, rank: int, ranks: int) -> Slice:
+def _write(folder: Folder, piece: Piece, writer: Writer) -> Slice:
     if not piece.flat.isfinite().all():
         raise TrainingFailed(
             f"{piece.name} is not finite at checkpoint {folder}; "
             "the one before is kept; a lower learning rate may help"
         )
-    return slices.write_slice(folder, piece.name, piece.shape, piece.start, piece.flat, rank, ranks)
+    return slices.write_slice(folder, piece.name, piece.shape, piece.start, piece.flat, writer)
 
 
 def _whole(pieces: Sequence[Slice]) -> dict[str, tuple[Shard, ...]]:
@@ -119,16 +130,6 @@ def _whole(pieces: Sequence[Slice]) -> dict[str, tuple[Shard, ...]]:
         name: tuple(p.shard for p in slices.ordered([p for p in pieces if p.name == name]))
         for name in names
     }
-
-
-def _finish(folder: Folder, contents: Contents) -> None:
-    folder.write_last(FILE, contents.model_dump_json().encode())
-
-
-def _remove_others(root: Folder, kept: Folder) -> None:
-    for name in root.folders():
-        if not str(kept).endswith(f"/{name}"):
-            root.remove_folder(name)
 
 
 def _read(folder: Folder) -> Saved:

@@ -7,12 +7,12 @@ returns. Everything it needs to be resumed is there.
 import logging
 import shutil
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
 
 import ray
 import torch.distributed as dist
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import train as ray_train
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -31,6 +31,7 @@ from workers.errors import (
     TrainingFailed,
     WorkersError,
 )
+from workers.slices import Folder
 
 logger = logging.getLogger(__name__)
 
@@ -51,26 +52,33 @@ def train(request: TrainRequest, progress: ProgressSink | None = None) -> TrainR
     """
     finished = _finished(request)
     if finished is not None:
-        checkpoint.discard(request.version_store, request.job_id)
+        _discard_attempts(request)
         return finished
     began = time.monotonic()
-    artifact.prepare(request.version_store, request.version_id)
+    # An attempt that the job was taken from leaves those of the one after alone.
+    runs = Folder(request.version_store, "runs", request.job_id, uuid4().hex[:12])
     try:
-        _run_to_its_end(request, progress)
+        _run_to_its_end(request, progress, runs)
     finally:
         shutil.rmtree(run.scratch_of(request), ignore_errors=True)
+        runs.remove()
     result = artifact.read_manifest(request.version_store, request.version_id).training
-    checkpoint.discard(request.version_store, request.job_id)
+    _discard_attempts(request)
     total = time.monotonic() - began
     return result.model_copy(update={"seconds": {**result.seconds, "total": total}})
 
 
-def _run_to_its_end(request: TrainRequest, progress: ProgressSink | None) -> None:
+def _discard_attempts(request: TrainRequest) -> None:
+    checkpoint.discard(request.version_store, request.job_id)
+    Folder(request.version_store, "runs", request.job_id).remove()
+
+
+def _run_to_its_end(request: TrainRequest, progress: ProgressSink | None, runs: Folder) -> None:
     """Runs the worker group, again if it or its controller died before the version was there."""
     for restarts_left in reversed(range(_RESTARTS + 1)):
         _free_reservations()
         try:
-            _trainer(request, progress).fit()
+            _trainer(request, progress, runs).fit()
             return
         except (ray_train.TrainingFailedError, RayActorError) as error:
             if artifact.exists(request.version_store, request.version_id):
@@ -96,7 +104,8 @@ def _free_reservations() -> None:
             remove_placement_group(PlacementGroup(group_id))
 
 
-def _trainer(request: TrainRequest, progress: ProgressSink | None) -> TorchTrainer:
+def _trainer(request: TrainRequest, progress: ProgressSink | None, runs: Folder) -> TorchTrainer:
+    """`runs` is where Ray Train keeps what it knows of its runs."""
     fewest = min(request.min_workers or request.workers, request.workers)
     workers = request.workers if fewest == request.workers else (fewest, request.workers)
     return TorchTrainer(
@@ -106,7 +115,9 @@ def _trainer(request: TrainRequest, progress: ProgressSink | None) -> TorchTrain
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=_gpus_for(request)),
         run_config=RunConfig(
             name=f"{request.job_id}-{uuid4().hex[:8]}",
-            storage_path=str(Path(request.scratch_dir).resolve()),
+            # Every node's workers look for it: a folder of one node is not there on the others.
+            storage_path=runs.path,
+            storage_filesystem=PyFileSystem(FSSpecHandler(runs.fs)),
             failure_config=FailureConfig(controller_failure_limit=_START_ATTEMPTS),
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),

@@ -10,6 +10,7 @@ import warnings
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import torch
@@ -17,11 +18,14 @@ import torch.distributed as dist
 from ray import train as ray_train
 
 from workers import artifact, checkpoint, examples, formats, frozen_prefix, locft, models, zero3
+from workers.checkpoint import Checkpoints, Saved
 from workers.contract import ProgressSink, TrainRequest, TrainResult
 from workers.errors import BaseMismatch
 from workers.locft import State, Watch
 from workers.progress import Reporter, ignore
-from workers.slices import Slice
+from workers.slices import Slice, Writer
+
+T = TypeVar("T")
 
 
 def scratch_of(request: TrainRequest) -> Path:
@@ -45,7 +49,7 @@ class Run:
 
     def __init__(self, request: TrainRequest) -> None:
         self._request, self._hparams = request, request.hparams
-        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._writer = Writer(dist.get_rank(), dist.get_world_size(), _of_first(uuid4().hex[:12]))
         self._clock = _Clock()
         scratch = scratch_of(request)
         opened, self._samples = _load(request, scratch)
@@ -69,7 +73,7 @@ class Run:
         if request.parent_id is not None:
             _start_from(request, request.parent_id, self._opened)
         stepper = zero3.Zero3Stepper(suffix, self._opened, self._hparams, self._states)
-        saved = checkpoint.newest(request.version_store, request.job_id)
+        saved = _newest(request)
         if saved is not None:
             stepper.restore(saved)
         state = saved.state if saved is not None else State()
@@ -77,7 +81,8 @@ class Run:
         report = ignore
         if sink is not None:
             report = Reporter(self._hparams, len(self._samples), state, sink)
-        watch = _Watch(request, stepper, report)
+        kept = Checkpoints(request.version_store, request.job_id, self._writer)
+        watch = _Watch(request, stepper, report, kept)
         try:
             ended = locft.train(self._samples, self._hparams, stepper, watch, state)
         finally:
@@ -96,14 +101,13 @@ class Run:
                 piece.shape,
                 piece.start,
                 piece.flat,
-                self._rank,
-                self._ranks,
+                self._writer,
             )
             for piece in zero3.tuned_slices(self._opened.tuned)
         ]
         everyones = _gather(mine)
         self._clock.lap("write")
-        if self._rank == 0:
+        if self._writer.rank == 0:
             artifact.write_manifest(request.version_store, self._lineage(ended), everyones)
 
     def _lineage(self, ended: State) -> artifact.Lineage:
@@ -130,8 +134,15 @@ class Run:
 class _Watch:
     """Called after each mini-batch: reports it, and checkpoints when it is time on rank 0."""
 
-    def __init__(self, request: TrainRequest, stepper: zero3.Zero3Stepper, report: Watch) -> None:
+    def __init__(
+        self,
+        request: TrainRequest,
+        stepper: zero3.Zero3Stepper,
+        report: Watch,
+        checkpoints: Checkpoints,
+    ) -> None:
         self._request, self._stepper, self._report = request, stepper, report
+        self._checkpoints = checkpoints
         self._last = time.monotonic()
 
     def __call__(self, state: State) -> None:
@@ -140,19 +151,21 @@ class _Watch:
         due = torch.tensor([waited], device=self._stepper.device)
         dist.broadcast(due, 0)
         if due:
-            self._save(state)
+            self._checkpoints.save(state, self._stepper.pieces(), _gather)
             self._last = time.monotonic()
 
-    def _save(self, state: State) -> None:
-        checkpoint.save(
-            self._request.version_store,
-            self._request.job_id,
-            state,
-            self._stepper.pieces(),
-            dist.get_rank(),
-            dist.get_world_size(),
-            _gather,
-        )
+
+def _of_first(value: T) -> T:
+    """The first rank's value, on all of them."""
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def _newest(request: TrainRequest) -> Saved | None:
+    """The checkpoint to go on from, the same on all ranks."""
+    first = dist.get_rank() == 0
+    return _of_first(checkpoint.newest(request.version_store, request.job_id) if first else None)
 
 
 def _gather(mine: list[Slice]) -> list[Slice]:

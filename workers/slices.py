@@ -10,7 +10,9 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
+from uuid import uuid4
 
 import fsspec
 import safetensors.torch
@@ -50,6 +52,19 @@ class Slice(Record):
     shard: Shard
 
 
+@dataclass(frozen=True)
+class Writer:
+    """One rank of one attempt at a job; no other writes a file of the same name."""
+
+    rank: int
+    ranks: int
+    attempt: str
+    """Drawn at random, the same on all ranks."""
+
+    def __str__(self) -> str:
+        return f"{self.rank:05d}-of-{self.ranks:05d}.{self.attempt}"
+
+
 class Folder:
     """A folder of a store: an fsspec URL and path components, each a plain name."""
 
@@ -73,14 +88,19 @@ class Folder:
         if self._exists(self.path):
             self.fs.rm(self.path, recursive=True)
 
+    def files(self) -> list[str]:
+        """Names of the files in it."""
+        return [e["name"].rsplit("/", 1)[1] for e in self._entries() if e["type"] == "file"]
+
+    def remove_file(self, name: str) -> None:
+        self.fs.rm_file(f"{self.path}/{name}")
+
     def remove_folder(self, name: str) -> None:
         self.fs.rm(f"{self.path}/{name}", recursive=True)
 
     def folders(self) -> list[str]:
         """Names of the folders in it, in order."""
-        if not self._exists(self.path):
-            return []
-        found = self.fs.ls(self.path, detail=True, refresh=True)
+        found = self._entries()
         return sorted(e["name"].rsplit("/", 1)[1] for e in found if e["type"] == "directory")
 
     def read(self, file: str) -> bytes:
@@ -102,11 +122,26 @@ class Folder:
                 os.fsync(stream.fileno())
 
     def write_last(self, file: str, payload: bytes) -> None:
-        """Renamed into place, so that it is there whole or not at all."""
-        unfinished = f".{file}.partial"
-        self.write(unfinished, payload)
-        self.fs.mv(f"{self.path}/{unfinished}", f"{self.path}/{file}")
+        """Whole or not at all, and once: `FileExistsError` if it is there, whoever wrote it.
+
+        A local file is linked into place; of other stores, those that can refuse to replace one.
+        """
+        if not self._local:
+            self.fs.pipe_file(f"{self.path}/{file}", payload, mode="create")
+            return
+        unfinished = f"{self.path}/.{file}.{uuid4().hex}.partial"
+        self.write(unfinished.rpartition("/")[2], payload)
+        try:
+            os.link(unfinished, f"{self.path}/{file}")
+        finally:
+            os.unlink(unfinished)
         self._sync()
+
+    def _entries(self) -> list[dict[str, Any]]:
+        if not self._exists(self.path):
+            return []
+        found: list[dict[str, Any]] = self.fs.ls(self.path, detail=True, refresh=True)
+        return found
 
     def _exists(self, path: str) -> bool:
         # Other processes may have written or removed it since this one last listed its folder.
@@ -136,15 +171,14 @@ def write_slice(
     shape: Sequence[int],
     start: int,
     flat: Tensor,
-    rank: int,
-    ranks: int,
+    writer: Writer,
 ) -> Slice:
     """Writes a rank's flat slice of a parameter, beginning at element `start`, durably."""
     if flat.dtype not in _NAMES:
         raise ArtifactError(
             f"{name}: dtype {flat.dtype} cannot be published; use float32 or bfloat16"
         )
-    file = f"{name}.{rank:05d}-of-{ranks:05d}.safetensors"
+    file = f"{name}.{writer}.safetensors"
     payload = safetensors.torch.save({name: flat.detach().cpu().contiguous()})
     folder.make()
     folder.write(file, payload)

@@ -20,7 +20,7 @@ from pydantic import (
 
 from service.edits import Edit, EditEvent, EditState, NewEdit
 from service.errors import FieldError, InvalidInput
-from service.jobs import Job, JobKind, JobState
+from service.jobs import Job, JobKind, JobState, Trainer
 from service.versions import (
     Canary,
     GateFinding,
@@ -259,6 +259,7 @@ class JobOut(BaseModel):
     edit_ids: list[str] | None
     hparams: Mapping[str, Any]
     recheck: int | Literal["all"]
+    trained_by: Trainer
     parent: str | None
     version: str | None
     edits: int
@@ -338,6 +339,8 @@ class ActivateBody(BaseModel):
 
 class ReplicaOut(BaseModel):
     id: str
+    cluster: str
+    """The Ray cluster that runs it."""
     state: ReplicaState
     resident: list[str]
     staged_at: datetime | None

@@ -5,9 +5,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from service.coordinator.pipeline import BaseModel, Pipeline, Train
+from service.coordinator.pipeline import BaseModel, Pipeline
 from service.coordinator.policy import Policy
 from service.coordinator.rollout import Rollout, Running
+from service.coordinator.training import Train
 from service.edits import EditState
 from service.errors import Unavailable
 from service.inference import Inference
@@ -32,7 +33,7 @@ class Coordinator:
     """While it leads, drives jobs one after the other and rollouts beside them.
 
     Made in a running event loop. `tokenizer` is the base model's; `inference` is the replicas, to
-    examine versions with, `running` tells which of them run; `train` blocks.
+    examine versions with, `running` tells which of those in this Ray `cluster` run; `train` blocks.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Coordinator:
         inference: Inference,
         running: Running,
         train: Train,
+        cluster: str = "",
     ) -> None:
         self._settings = settings
         self._leadership = Leadership(database_url)
@@ -51,7 +53,7 @@ class Coordinator:
         self._pipeline = Pipeline(
             self._database, database_url, settings, base, tokenizer, inference, train
         )
-        self._rollout = Rollout(self._database, inference, settings, running)
+        self._rollout = Rollout(self._database, inference, settings, running, cluster)
         self._policy = Policy(settings.job_after_edits, settings.job_after_s)
         self._jobs_changed, self._rollout_changed = asyncio.Event(), asyncio.Event()
         self._main = asyncio.create_task(self._run())

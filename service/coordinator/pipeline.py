@@ -6,21 +6,21 @@ so a coordinator that died is followed by one that goes on with the step the dat
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from service.coordinator.examination import examine
 from service.coordinator.retention import retained
+from service.coordinator.training import Train, Training
 from service.errors import Conflict, ErrataError, Unavailable, VersionRejected
 from service.inference import Inference
-from service.jobs import FINISHED, Job, JobKind, JobState
+from service.jobs import FINISHED, Job, JobKind, JobState, Retention, Trainer
 from service.settings import Settings
 from service.store import earlier, edits, jobs, serving, versions
 from service.store.database import Database
-from service.store.progress import DatabaseProgress
 from service.versions import BASE_VERSION, VersionState
 from workers import formats, presets
-from workers.contract import Hparams, ProgressSink, TrainRequest, TrainResult
+from workers.contract import EditRecord, Hparams, TrainRequest
 from workers.errors import WorkersError
 from workers.formats import ChatTokenizer, Renderings
 from workers.models import ModelFacts
@@ -28,8 +28,6 @@ from workers.models import ModelFacts
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
-
-Train = Callable[[TrainRequest, ProgressSink], TrainResult]
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,37 @@ class BaseModel:
     fingerprint: str
 
 
+def train_request(
+    settings: Settings,
+    base: BaseModel,
+    job: Job,
+    edits: Sequence[EditRecord],
+    retention: Retention,
+) -> TrainRequest:
+    """What whoever trains `job` needs to know, from its own settings."""
+    assert job.version_id is not None
+    return TrainRequest(
+        job_id=job.id,
+        version_id=job.version_id,
+        parent_id=None if job.parent_id == BASE_VERSION else job.parent_id,
+        model=base.path,
+        base_fingerprint=base.fingerprint,
+        version_store=settings.version_store_url,
+        hparams=presets.load(base.facts, settings.hparams, job.hparams),
+        edits=tuple(edits),
+        rehearsed=retention.rehearsed,
+        anchors=retention.anchors,
+        workers=settings.train_workers,
+        min_workers=settings.train_workers_min,
+        offload=settings.offload,
+        cache_budget_bytes=settings.train_cache_bytes,
+        checkpoint_every_s=settings.checkpoint_every_s,
+        scratch_dir=str(settings.data_dir.resolve() / "train"),
+    )
+
+
 class Pipeline:
-    """Runs jobs. `train` blocks and is called in a thread."""
+    """Runs jobs; see `Training` for `train`."""
 
     def __init__(
         self,
@@ -56,16 +83,14 @@ class Pipeline:
         train: Train,
     ) -> None:
         self._database = database
-        self._database_url = database_url
         self._settings = settings
         self._base = base
         self._tokenizer = tokenizer
         self._inference = inference
-        self._train = train
-        self._trainings: dict[str, asyncio.Task[TrainResult]] = {}
+        self._training = Training(database, database_url, settings, train)
         self._steps: Mapping[JobState, Callable[[Job], Awaitable[Job]]] = {
             JobState.PENDING: self._claim,
-            JobState.TRAINING: self._run_training,
+            JobState.TRAINING: self._train,
             JobState.EVALUATING: self._evaluate,
             JobState.PUBLISHING: self._publish,
             JobState.ROLLING_OUT: self._await_rollout,
@@ -74,6 +99,7 @@ class Pipeline:
     async def run(self, job: Job) -> None:
         """Takes `job` from its present state to its end; raises `Unavailable` to be run again."""
         try:
+            job = await self._training.take(job)
             while job.state not in FINISHED:
                 started = time.monotonic()
                 stage, job = job.state, await self._steps[job.state](job)
@@ -99,52 +125,23 @@ class Pipeline:
                 job.id,
                 JobState.PENDING,
                 JobState.TRAINING,
+                trainer_id=job.trainer_id,
                 edits=claimed,
                 version_id=await versions.allocate(conn),
                 parent_id=live if job.kind is JobKind.EXTEND else BASE_VERSION,
             )
 
-    async def _run_training(self, job: Job) -> Job:
-        request = await self._request(job)
-        sink = DatabaseProgress(self._database_url, job.id)
-        # A leader that lost and regained its lock finds its training still running here.
-        if job.id not in self._trainings:
-            blocking = asyncio.to_thread(self._train, request, sink)
-            self._trainings[job.id] = asyncio.create_task(blocking)
-        try:
-            result = await asyncio.shield(self._trainings[job.id])
-        finally:
-            if self._trainings[job.id].done():
-                del self._trainings[job.id]
-        return await self._advance(job, JobState.EVALUATING, seconds=dict(result.seconds))
-
-    async def _request(self, job: Job) -> TrainRequest:
+    async def _train(self, job: Job) -> Job:
         async with self._database.transaction() as conn:
-            claimed = await edits.of_job(conn, job.id)
-        records = tuple(edit.record() for edit in claimed)
-        hparams = self._hparams(job)
+            claimed = [edit.record() for edit in await edits.of_job(conn, job.id)]
         retention = await retained(
-            self._database, self._inference, self._settings, job, hparams, records
+            self._database, self._inference, self._settings, job, self._hparams(job), claimed
         )
-        assert job.version_id is not None
-        return TrainRequest(
-            job_id=job.id,
-            version_id=job.version_id,
-            parent_id=None if job.parent_id == BASE_VERSION else job.parent_id,
-            model=self._base.path,
-            base_fingerprint=self._base.fingerprint,
-            version_store=self._settings.version_store_url,
-            hparams=hparams,
-            edits=records,
-            rehearsed=retention.rehearsed,
-            anchors=retention.anchors,
-            workers=self._settings.train_workers,
-            min_workers=self._settings.train_workers_min,
-            offload=self._settings.offload,
-            cache_budget_bytes=self._settings.train_cache_bytes,
-            checkpoint_every_s=self._settings.checkpoint_every_s,
-            scratch_dir=str(self._settings.data_dir.resolve() / "train"),
-        )
+        if job.trained_by is Trainer.RUNNER:
+            return await self._training.by_runner(job)
+        request = train_request(self._settings, self._base, job, claimed, retention)
+        result = await self._training.run(job, request)
+        return await self._advance(job, JobState.EVALUATING, seconds=dict(result.seconds))
 
     def _hparams(self, job: Job) -> Hparams:
         return presets.load(self._base.facts, self._settings.hparams, job.hparams)
@@ -184,6 +181,7 @@ class Pipeline:
                 job.id,
                 JobState.EVALUATING,
                 JobState.PUBLISHING,
+                trainer_id=job.trainer_id,
                 metrics=found.metrics,
                 seconds={**job.seconds, "evaluate": time.monotonic() - started},
             )
@@ -225,13 +223,21 @@ class Pipeline:
 
     async def _advance(self, job: Job, to: JobState, **changes: object) -> Job:
         async with self._database.transaction() as conn:
-            return await jobs.advance(conn, job.id, job.state, to, **changes)
+            return await jobs.advance(
+                conn, job.id, job.state, to, trainer_id=job.trainer_id, **changes
+            )
 
     async def _fail(self, job: Job, error: str) -> None:
-        async with self._database.transaction() as conn:
-            present = await jobs.get(conn, job.id)
-            if present.state is not job.state:
-                log.warning("job %s is another leader's by now", job.id)
-                return
-            await edits.release(conn, job.id, error)
-            await jobs.advance(conn, job.id, present.state, JobState.FAILED, error=error)
+        try:
+            async with self._database.transaction() as conn:
+                await edits.release(conn, job.id, error)
+                await jobs.advance(
+                    conn,
+                    job.id,
+                    job.state,
+                    JobState.FAILED,
+                    trainer_id=job.trainer_id,
+                    error=error,
+                )
+        except Conflict as conflict:
+            log.warning("job %s is another leader's by now: %s", job.id, conflict)

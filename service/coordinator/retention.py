@@ -48,8 +48,10 @@ async def retained(
     retention = Retention(tuple(edit.record() for edit in rehearsed), kept)
     async with database.transaction() as conn:
         await retentions.record(conn, job.id, retention)
+        recorded = await retentions.get(conn, job.id)
+    assert recorded is not None
     log.info("job %s: %d earlier edits and %d anchors", job.id, len(rehearsed), len(kept))
-    return retention
+    return recorded
 
 
 def _probes(

@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 PROMPT_S = 0.5
 """A replica that has not acknowledged after so long may be one that has ended."""
 
-Running = Callable[[], Awaitable[set[str]]]
-"""Ids of the replicas that whoever starts them counts as running."""
+Running = Callable[[], Awaitable[set[str] | None]]
+"""Ids of the replicas of one cluster that whoever starts them counts as running; None: unknown."""
 
 
 class Rollout:
@@ -43,8 +43,15 @@ class Rollout:
     """
 
     def __init__(
-        self, database: Database, inference: Inference, settings: Settings, running: Running
+        self,
+        database: Database,
+        inference: Inference,
+        settings: Settings,
+        running: Running,
+        cluster: str = "",
     ) -> None:
+        """`running` knows the replicas of `cluster`; of those of another, leases tell."""
+        self._cluster = cluster
         self._database = database
         self._inference = inference
         self._settings = settings
@@ -134,7 +141,11 @@ class Rollout:
                 return None
             # Only then: to ask who runs takes longer than all else here.
             running = await self._running()
-            acks = {replica_id: ack for replica_id, ack in acks.items() if replica_id in running}
+            acks = {
+                replica.id: acks[replica.id]
+                for replica in live
+                if running is None or replica.cluster != self._cluster or replica.id in running
+            }
         failed = next((ack for ack in acks.values() if ack and ack.error), None)
         if failed:
             await self._reject(conn, version_id, failed.error or "")

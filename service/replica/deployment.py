@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from service import metrics
+from service.build import require_build
 from service.errors import ConfigurationError, ErrataError, Unavailable, VersionUnavailable
 from service.inference import Chunk, Completion, CompletionRequest
 from service.replica.bank import VersionBank
@@ -45,15 +47,22 @@ class Replica:
     """Answers each query with the version it was admitted for; asked through `ServeInference`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, database_url: str, base_fingerprint: str, load: Load
+        self, settings: Settings, database_url: str, base_fingerprint: str, build: str, load: Load
     ) -> None:
-        """`load` gives the engine of the base model so named; blocks."""
+        """`build` is that of who deployed it; `load` gives the engine of the base model; blocks."""
+        require_build(build, ray.util.get_node_ip_address())
         self._id = serve.get_replica_context().replica_id.unique_id
         self._engine = await asyncio.to_thread(load, settings, base_fingerprint)
         self._bank = _bank(settings, self._engine, base_fingerprint)
         self._inference = LocalInference(self._engine, self._bank)
         self._database = Database(database_url, pool_size=2)
-        self._membership = Membership(self._id, self._database, self._bank, settings.heartbeat_s)
+        self._membership = Membership(
+            self._id,
+            self._database,
+            self._bank,
+            settings.heartbeat_s,
+            ray.get_runtime_context().get_session_name(),
+        )
         await self._membership.join()
         self._running = asyncio.create_task(self._membership.run())
         self._running.add_done_callback(_count_fence)
@@ -126,6 +135,8 @@ class Replica:
 
 def load_engine(settings: Settings, base_fingerprint: str) -> Engine:
     """Raises `ConfigurationError` if this node's copy of the base model is not the service's."""
+    import torch
+
     from service.replica.generation import Sizes
     from service.replica.transformers_engine import TransformersEngine
     from workers.models import fingerprint, resolve
@@ -137,6 +148,12 @@ def load_engine(settings: Settings, base_fingerprint: str) -> Engine:
             f"model: {path} has fingerprint {found} on this node, the service runs "
             f"{base_fingerprint}; give every node the same files"
         )
+    if settings.replica_gpus and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"replica_gpus: {settings.replica_gpus:g} is reserved, but torch {torch.__version__} "
+            "finds no GPU here; use the CUDA image on nodes with a driver, or set "
+            "ERRATA_REPLICA_GPUS=0 to compute on CPUs"
+        )
     engine = TransformersEngine.load(
         path, Sizes(kv_tokens=settings.kv_tokens), threads=settings.replica_threads
     )
@@ -147,9 +164,16 @@ def load_engine(settings: Settings, base_fingerprint: str) -> Engine:
 
 
 def replicas(
-    settings: Settings, database_url: str, base_fingerprint: str, load: Load = load_engine
+    settings: Settings,
+    database_url: str,
+    base_fingerprint: str,
+    build: str,
+    load: Load = load_engine,
 ) -> serve.Application:
-    """The replicas, a fixed number or, where the settings give a range, autoscaled by Serve."""
+    """The replicas, a fixed number or, where the settings give a range, autoscaled by Serve.
+
+    One that is of another `build` (see `source_digest`) refuses to start.
+    """
     least, most = settings.replica_range
     scale: dict[str, Any] = {"num_replicas": settings.replicas}
     if least < most:
@@ -166,7 +190,7 @@ def replicas(
     deployment = serve.deployment(Replica, name="Replica").options(
         **scale,
         max_ongoing_requests=QUERIES,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
         health_check_period_s=2,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.5,
@@ -174,7 +198,7 @@ def replicas(
             request_router_class=VersionRouter, request_routing_stats_period_s=ROUTING_S
         ),
     )
-    return deployment.bind(settings, database_url, base_fingerprint, load)
+    return deployment.bind(settings, database_url, base_fingerprint, build, load)
 
 
 def _bank(settings: Settings, engine: Engine, base_fingerprint: str) -> VersionBank:

@@ -30,9 +30,16 @@ class Membership:
     """
 
     def __init__(
-        self, replica_id: str, database: Database, bank: VersionBank, heartbeat_s: float
+        self,
+        replica_id: str,
+        database: Database,
+        bank: VersionBank,
+        heartbeat_s: float,
+        cluster: str = "",
     ) -> None:
+        """`cluster` names the Ray cluster that runs the replica."""
         self._id = replica_id
+        self._cluster = cluster
         self._database = database
         self._bank = bank
         self._interval_s = min(heartbeat_s, POLL_S)
@@ -79,7 +86,9 @@ class Membership:
         await self._bank.ensure(present.version_id)
         refused = [one for one in present.wanted[1:] if await self._refuses(one)]
         async with self._database.transaction() as conn:
-            return await replicas.join(conn, self._id, self._bank.resident, refused)
+            return await replicas.join(
+                conn, self._id, self._bank.resident, refused, cluster=self._cluster
+            )
 
     async def _refuses(self, version_id: str) -> bool:
         """Whether a version that is not committed fails verification; it is loaded if not."""

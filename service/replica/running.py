@@ -1,6 +1,7 @@
 """Which replicas Serve itself counts: the list that heartbeats are reconciled with."""
 
 import asyncio
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -15,11 +16,12 @@ ANSWER_S = 5.0
 GONE = "STOPPING"
 
 
-async def running_replicas(handle: DeploymentHandle) -> set[str]:
+async def running_replicas(handle: DeploymentHandle) -> set[str] | None:
     """Ids, as `ReplicaContext.replica_id.unique_id`, of the replicas of a deployment.
 
     All but those that are being ended: one that is still starting has joined, and will be given
-    queries, before Serve calls it running. Raises `Unavailable` if Serve does not answer.
+    queries, before Serve calls it running. None while Serve has no list, as after a config that
+    failed to deploy, which leaves what ran running. Raises `Unavailable` if Serve does not answer.
     """
     try:
         async with asyncio.timeout(ANSWER_S):
@@ -31,5 +33,11 @@ async def running_replicas(handle: DeploymentHandle) -> set[str]:
     application = found["applications"].get(handle.app_name)
     deployment = application and application["deployments"].get(handle.deployment_name)
     if not deployment:
-        return set()
+        return None
     return {one["replica_id"] for one in deployment["replicas"] if one["state"] != GONE}
+
+
+def http_host() -> str:
+    """The address at which Serve listens on each node; blocks."""
+    found: Any = ray.get(ray.get_actor(*CONTROLLER).get_serve_instance_details.remote())
+    return str(found["http_options"]["host"])

@@ -132,8 +132,19 @@ def cannot_connect(url: URL, error: DBAPIError | psycopg.Error) -> Configuration
         reason = reason.replace(url.password, "***")
     shown = url.set(drivername="postgresql").render_as_string(hide_password=True)
     return ConfigurationError(
-        f"cannot use the database {shown}: {reason}; check database_url and that the server runs"
+        f"cannot use the database {shown}: {reason}; check ERRATA_DATABASE_URL "
+        "and that the server runs"
     )
+
+
+async def reach(url: str) -> None:
+    """Connects once; `ConfigurationError` with the reason if that fails."""
+    parsed = parse_url(url)
+    try:
+        async with await connect(parsed, CHECK_S) as conn:
+            await conn.execute("SELECT 1")
+    except psycopg.OperationalError as error:
+        raise cannot_connect(parsed, error) from error
 
 
 class Database:

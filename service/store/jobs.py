@@ -1,6 +1,7 @@
-"""Queries on jobs. Which edits a job has is `edits.claim`'s business."""
+"""Queries on jobs. Which edits a job has is `edits.claim`'s business, who trains it `trainers`'."""
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Row, func, insert, select, update
@@ -8,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.edits import EditState
 from service.errors import Conflict, FieldError, InvalidInput, NotFound
-from service.jobs import FINISHED, JOB_TRANSITIONS, Job, JobKind, JobState
+from service.jobs import FINISHED, JOB_TRANSITIONS, Job, JobKind, JobState, Trainer
 from service.store import cursors
 from service.store.edit_states import among
 from service.store.ids import new_ids
@@ -17,7 +18,8 @@ from workers.contract import Progress
 
 CHANNEL = "errata_jobs"
 """Notified with the id of each new job."""
-
+LEASE = timedelta(seconds=30)
+"""A runner that has not renewed its own for so long is gone."""
 
 _RECORDED = {"edits", "parent_id", "version_id", "metrics", "seconds", "error"}
 
@@ -31,8 +33,12 @@ async def create(
     edit_ids: Sequence[str] | None = None,
     hparams: Mapping[str, Any] | None = None,
     recheck: int | None = None,
+    runner_id: str | None = None,
 ) -> Job:
-    """A pending job; `Conflict` if there is nothing to train, `InvalidInput` for unfit edit ids."""
+    """A pending job; `Conflict` if there is nothing to train, `InvalidInput` for unfit edit ids.
+
+    With `runner_id` it is that runner's to train, who has a lease of `LEASE` on it.
+    """
     if edit_ids is not None:
         await _check_queued(conn, edit_ids)
     useful = {EditState.QUEUED} | ({EditState.APPLIED} if kind is JobKind.REBUILD else set())
@@ -51,18 +57,21 @@ async def create(
             edit_ids=None if edit_ids is None else list(dict.fromkeys(edit_ids)),
             hparams=dict(hparams or {}),
             recheck=recheck,
+            trained_by=Trainer.COORDINATOR if runner_id is None else Trainer.RUNNER,
+            trainer_id=runner_id,
+            lease_until=None if runner_id is None else func.now() + LEASE,
         )
         .returning(jobs)
     )
     await conn.execute(select(func.pg_notify(CHANNEL, job_id)))
-    return _job(row.one())
+    return of_row(row.one())
 
 
 async def get(conn: AsyncConnection, job_id: str) -> Job:
     row = (await conn.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
     if row is None:
         raise NotFound(f"no job {job_id}")
-    return _job(row)
+    return of_row(row)
 
 
 async def page(
@@ -78,7 +87,7 @@ async def page(
         query = query.where(jobs.c.state == state)
     if cursor is not None:
         query = query.where(jobs.c.id < cursors.decode(cursor))
-    found = [_job(row) for row in await conn.execute(query)]
+    found = [of_row(row) for row in await conn.execute(query)]
     return cursors.split(found, [job.id for job in found], limit)
 
 
@@ -86,7 +95,7 @@ async def next_unfinished(conn: AsyncConnection) -> Job | None:
     """The oldest job that has not ended."""
     query = select(jobs).where(jobs.c.state.not_in(sorted(FINISHED))).order_by(jobs.c.id).limit(1)
     row = (await conn.execute(query)).one_or_none()
-    return None if row is None else _job(row)
+    return None if row is None else of_row(row)
 
 
 async def advance(
@@ -94,36 +103,35 @@ async def advance(
     job_id: str,
     expected: JobState,
     to: JobState,
+    *,
+    trainer_id: str | None = None,
     **changes: Any,
 ) -> Job:
     """Move a job from `expected` to `to`; `Conflict` if it is elsewhere or may not.
 
-    `changes` are recorded along: edits, parent_id, version_id, metrics, seconds, error.
+    With `trainer_id`, only while nobody has taken the job from that one. `changes` are recorded
+    along: edits, parent_id, version_id, metrics, seconds, error.
     """
     assert changes.keys() <= _RECORDED, f"not recorded with a change of state: {sorted(changes)}"
     if to not in JOB_TRANSITIONS[expected]:
         raise Conflict(f"job {job_id}: {expected} is never followed by {to}")
     finished = {"finished_at": func.now()} if to in FINISHED else {}
+    expectation = [jobs.c.id == job_id, jobs.c.state == expected]
+    if trainer_id is not None:
+        expectation.append(jobs.c.trainer_id == trainer_id)
     result = await conn.execute(
         update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.state == expected)
+        .where(*expectation)
         .values(state=to, updated_at=func.now(), **finished, **changes)
         .returning(jobs)
     )
     row = result.one_or_none()
     if row is None:
         job = await get(conn, job_id)
+        if job.state is expected:
+            raise Conflict(f"job {job_id} was taken by another trainer")
         raise Conflict(f"job {job_id} is {job.state}, not {expected}")
-    return _job(row)
-
-
-async def record_progress(conn: AsyncConnection, job_id: str, progress: Progress) -> None:
-    """Where training stands; ignored once the job has ended."""
-    await conn.execute(
-        update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.finished_at.is_(None))
-        .values(progress=progress.model_dump(mode="json"), updated_at=func.now())
-    )
+    return of_row(row)
 
 
 async def _check_queued(conn: AsyncConnection, edit_ids: Sequence[str]) -> None:
@@ -138,7 +146,8 @@ async def _check_queued(conn: AsyncConnection, edit_ids: Sequence[str]) -> None:
         raise InvalidInput("edit_ids: only queued edits can be asked for", errors)
 
 
-def _job(row: Row[Any]) -> Job:
+def of_row(row: Row[Any]) -> Job:
+    """A job from its row of the table."""
     return Job(
         id=row.id,
         kind=row.kind,
@@ -148,6 +157,8 @@ def _job(row: Row[Any]) -> Job:
         edit_ids=None if row.edit_ids is None else tuple(row.edit_ids),
         hparams=row.hparams,
         recheck=row.recheck,
+        trained_by=row.trained_by,
+        trainer_id=row.trainer_id,
         parent_id=row.parent_id,
         version_id=row.version_id,
         edits=row.edits,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 from service.errors import Unavailable
-from service.store import jobs
+from service.store import trainers
 from service.store.database import Database
 from workers.contract import Progress
 
@@ -14,12 +14,14 @@ log = logging.getLogger(__name__)
 class DatabaseProgress:
     """A `workers.contract.ProgressSink` that writes to the job's row; it can be pickled.
 
-    Progress that cannot be written is dropped: training goes on while the database is away.
+    Progress that cannot be written is dropped: training goes on while the database is away. Once
+    another than `trainer_id` trains the job, or it has ended, `Conflict` ends this training.
     """
 
-    def __init__(self, database_url: str, job_id: str) -> None:
+    def __init__(self, database_url: str, job_id: str, trainer_id: str) -> None:
         self._database_url = database_url
         self._job_id = job_id
+        self._trainer_id = trainer_id
 
     def __call__(self, progress: Progress) -> None:
         try:
@@ -31,6 +33,6 @@ class DatabaseProgress:
         database = Database(self._database_url, pool_size=1)
         try:
             async with database.transaction() as conn:
-                await jobs.record_progress(conn, self._job_id, progress)
+                await trainers.record_progress(conn, self._job_id, self._trainer_id, progress)
         finally:
             await database.dispose()

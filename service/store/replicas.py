@@ -25,12 +25,14 @@ async def join(
     replica_id: str,
     resident: Sequence[str],
     refused: Collection[str] = (),
+    *,
+    cluster: str = "",
 ) -> bool:
     """Take a replica in (or back, after a fence), if it holds what is or is about to be served.
 
     False: something of that is not in `resident`; load it and try again. A version that is only
     being staged, or a canary, may be among `refused` instead: it fails verification, and the
-    replica, once it has joined, acknowledges that.
+    replica, once it has joined, acknowledges that. `cluster` names the Ray cluster that runs it.
     """
     query = select(serving.c.version_id, serving.c.staging_id, serving.c.canary_id)
     now = (await conn.execute(query.with_for_update(read=True))).one_or_none()
@@ -40,7 +42,7 @@ async def join(
         return False
     if not {now.staging_id, now.canary_id} <= {*resident, BASE_VERSION, *refused, None}:
         return False
-    row = {"state": ReplicaState.READY, "resident": list(resident)}
+    row = {"state": ReplicaState.READY, "resident": list(resident), "cluster": cluster}
     await conn.execute(
         upsert(replicas)
         .values(id=replica_id, **row)
@@ -113,7 +115,12 @@ async def seen(conn: AsyncConnection, lease_s: float) -> list[ReplicaStatus]:
         )
     return [
         ReplicaStatus(
-            row.id, row.state, tuple(row.resident), tuple(staged[row.id]), row.heartbeat_at
+            row.id,
+            row.cluster,
+            row.state,
+            tuple(row.resident),
+            tuple(staged[row.id]),
+            row.heartbeat_at,
         )
         for row in rows
     ]

@@ -1,6 +1,7 @@
 """Queries on what a job trains along with its edits: decided once, then read."""
 
-from sqlalchemy import insert, select
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.jobs import Retention
@@ -26,11 +27,13 @@ async def get(conn: AsyncConnection, job_id: str) -> Retention | None:
 
 
 async def record(conn: AsyncConnection, job_id: str, retention: Retention) -> None:
-    """Write it down before the training starts."""
+    """Write it down before the training starts, unless another leader has done so."""
     await conn.execute(
-        insert(retentions).values(
+        upsert(retentions)
+        .values(
             job_id=job_id,
             rehearsed=[edit.id for edit in retention.rehearsed],
             anchors=[anchor.model_dump() for anchor in retention.anchors],
         )
+        .on_conflict_do_nothing()
     )

@@ -33,7 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from service.edits import EditState
-from service.jobs import FINISHED, JobKind, JobState
+from service.jobs import FINISHED, JobKind, JobState, Trainer
 from service.versions import ReplicaState, VersionState
 
 metadata = MetaData(
@@ -89,6 +89,10 @@ jobs = Table(
     Column("hparams", JSONB, nullable=False),
     # How many earlier edits are asked again; null: all.
     Column("recheck", Integer),
+    Column("trained_by", _one_of(Trainer, "trained_by"), nullable=False),
+    Column("trainer_id", Text),
+    # Of a runner, which nobody else can tell to be alive.
+    Column("lease_until", Timestamp),
     Column("parent_id", Text, ForeignKey("versions.id", use_alter=True)),
     # No foreign key: it is allocated before the version exists.
     Column("version_id", Text, unique=True),
@@ -100,6 +104,9 @@ jobs = Table(
     _created(),
     _updated(),
     Column("finished_at", Timestamp),
+    CheckConstraint(
+        "(trained_by = 'runner') = (lease_until IS NOT NULL)", name="runner_has_a_lease"
+    ),
 )
 Index(
     "ix_jobs_unfinished",
@@ -242,6 +249,8 @@ replicas = Table(
     "replicas",
     metadata,
     Column("id", Text, primary_key=True),
+    # The Ray cluster that runs it: each coordinator knows only its own cluster's replicas.
+    Column("cluster", Text, nullable=False),
     Column("state", _one_of(ReplicaState), nullable=False),
     Column("resident", ARRAY(Text), nullable=False),
     Column("heartbeat_at", Timestamp, nullable=False, server_default=func.now()),

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from service.replica.fetching import Fetcher
 from tests.benchmarks.report import Report, main
-from workers.artifact import Lineage, Manifest, prepare, write_manifest, write_slice
+from workers.artifact import Lineage, Manifest, write_manifest, write_slice
 from workers.contract import Hparams, TrainResult
+from workers.slices import Writer
 
 NAME = "model.layers.40.mlp.down_proj.weight"
 SHAPE = (8192, 29568)
@@ -123,10 +124,9 @@ def add(report: Report, name: str, taken_s: float) -> None:
 
 
 def publish(store: str, tensor: Tensor) -> Manifest:
-    prepare(store, "v1")
     width = tensor.numel() // RANKS
     pieces = [
-        write_slice(store, "v1", NAME, SHAPE, rank * width, flat, rank, RANKS)
+        write_slice(store, "v1", NAME, SHAPE, rank * width, flat, Writer(rank, RANKS, "test"))
         for rank, flat in enumerate(torch.split(tensor.flatten(), width))
     ]
     training = TrainResult(version_id="v1", epochs=1, steps=1, epoch_losses=(0.0,), seconds={})

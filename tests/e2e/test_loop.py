@@ -1,5 +1,9 @@
-"""The demo's loop with fewer edits, through HTTP alone."""
+"""The demo's loop with fewer edits, through HTTP alone; but for a job that is trained elsewhere."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +12,13 @@ import pytest
 
 from service import display
 from service.client import JSON, ApiError, Client, read_jsonl
+from service.store.embedded import EmbeddedPostgres
 from tests.service_process import ServiceProcess
 from workers.evaluation import MAX_NEW_TOKENS, STOP, matches
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 EDITS = read_jsonl(DEMO / "edits.jsonl")[:20]
+FURTHER = read_jsonl(DEMO / "edits.jsonl")[20:24]
 UNEDITED = read_jsonl(DEMO / "unedited.jsonl")[:50]
 
 Answers = dict[str, str]
@@ -123,3 +129,31 @@ def test_every_replica_holds_the_live_version(service: ServiceProcess, job: JSON
     serving = service.client.get("/serving")
     assert len(serving["replicas"]) == 2
     assert all(serving["version"] in replica["resident"] for replica in serving["replicas"])
+
+
+def test_a_job_that_is_trained_on_a_cluster_of_its_own(
+    service: ServiceProcess, job: JSON, tmp_path: Path
+) -> None:
+    """What meets there is the database and the version store."""
+    service.client.submit(FURTHER)
+    command = [sys.executable, "-m", "service.cli", "jobs", "run", "--wait", "--here", "--json"]
+    elsewhere = {
+        "ERRATA_DATABASE_URL": EmbeddedPostgres(service.data_dir).start(),
+        "ERRATA_VERSION_STORE": str(service.data_dir / "store"),
+        "ERRATA_DATA_DIR": str(tmp_path / "elsewhere"),
+        "ERRATA_TRAIN_WORKERS": "1",
+    }
+    ended = subprocess.run(
+        [*command, "--recheck", "0"],
+        env={**os.environ, **elsewhere},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert (told["state"], told["trained_by"]) == ("done", "runner")
+    assert service.client.get(f"/jobs/{told['id']}") == told
+    targets = {edit["prompt"]: edit["target"] for edit in FURTHER}
+    assert share(ask(service.client, list(targets)), targets) == 1
+    assert service.client.get("/serving")["version"] == told["version"]

@@ -32,6 +32,7 @@ from tests.service_process import ServiceProcess
 from workers import artifact
 from workers.contract import Hparams, TrainResult
 from workers.models import fingerprint
+from workers.slices import Writer
 
 TUNED = "model.layers.2.mlp.down_proj.weight"
 STAGE_TIMEOUT_S = 10
@@ -143,7 +144,7 @@ class Site:
         seed = torch.Generator().manual_seed(int(version_id[1:]))
         tensor = self._base + noise * torch.randn(self._base.shape, generator=seed)
         piece = artifact.write_slice(
-            str(local), version_id, TUNED, tensor.shape, 0, tensor.flatten(), 0, 1
+            str(local), version_id, TUNED, tensor.shape, 0, tensor.flatten(), Writer(0, 1, "test")
         )
         artifact.write_manifest(str(local), self._lineage(version_id), [piece])
         for file in sorted((local / "versions" / version_id).iterdir(), reverse=True):

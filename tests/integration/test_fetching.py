@@ -25,6 +25,7 @@ from tests.tiny_model import TUNED, publish, tuned_tensor
 from workers import artifact, checkpoint
 from workers.artifact import Manifest
 from workers.locft import State
+from workers.slices import Writer
 
 FINGERPRINT = "f" * 64
 _numbers = count(1)
@@ -367,15 +368,15 @@ def cached(tmp_path: Path) -> set[str]:
 
 
 def test_a_version_and_a_checkpoint_are_written_to_s3(empty_store: str) -> None:
-    artifact.prepare(empty_store, "v1")
     publish(empty_store, "v1", FINGERPRINT)
     manifest = artifact.read_manifest(empty_store, "v1", FINGERPRINT)
     assert torch.equal(read_tensors(empty_store, manifest)[TUNED], tuned_tensor(1))
     state = State(epoch=1, batches=2)
     piece = checkpoint.Piece(TUNED, (6,), 0, torch.arange(6.0))
+    kept = checkpoint.Checkpoints(empty_store, "job_1", Writer(0, 1, "test"))
     for batches in (2, 3):
         state = state.model_copy(update={"batches": batches})
-        checkpoint.save(empty_store, "job_1", state, [piece], 0, 1, lambda written: written)
+        kept.save(state, [piece], lambda written: written)
     found = checkpoint.newest(empty_store, "job_1")
     assert found
     assert found.state.batches == 3

@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from service.api.app import create_api
+from service.build import source_digest
 from service.errors import InvalidInput, NotFound, Unavailable, VersionRejected, VersionUnavailable
 from service.inference import CompletionRequest
 from service.metrics import exporters
@@ -74,7 +75,7 @@ async def running(
 ) -> AsyncIterator[DeploymentHandle]:
     """Replicas that are ready; they sign off at the end."""
     asker = serve.deployment(Asker).options(ray_actor_options={"num_cpus": 0})
-    app = asker.bind(deployment.replicas(settings, database_url, base, load))
+    app = asker.bind(deployment.replicas(settings, database_url, base, source_digest(), load))
     try:
         await asyncio.to_thread(serve.run, app, name=APP, route_prefix=None)
         yield serve.get_deployment_handle("Replica", APP)

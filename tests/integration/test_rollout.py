@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from service.coordinator import rollout as coordinator_rollout
+from service.coordinator.rollout import Rollout
 from service.edits import EditState
 from service.errors import Conflict, VersionRejected
 from service.inference import Completion, CompletionRequest
@@ -180,6 +182,34 @@ async def test_a_replica_that_runs_no_more_is_not_waited_for(
         job = await start_job(store)
         await acknowledge_staging(store)
         assert (await ended(store, job.id)).state is JobState.DONE
+
+
+@pytest.mark.parametrize("known", [set(), None])
+async def test_replicas_of_another_cluster_are_waited_for_by_their_lease(
+    store: Database,
+    database_url: str,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    known: set[str] | None,
+) -> None:
+    """Whoever runs this cluster's replicas knows nothing of those."""
+
+    async def running() -> set[str] | None:
+        return None if known is None else {"a"}
+
+    await published(store, database_url, settings)
+    async with store.transaction() as conn:
+        assert await replicas.join(conn, "elsewhere", [], cluster="another")
+    monkeypatch.setattr(coordinator_rollout, "PROMPT_S", 0.0)
+    rollout = Rollout(store, Answers(), settings, running)
+    await request(store, "v1")
+    await acknowledge_staging(store)
+    await rollout.step()
+    assert (await served(store)).staging_id == "v1"
+    async with store.transaction() as conn:
+        await replicas.acknowledge(conn, "elsewhere", "v1", "digest")
+    await rollout.step()
+    assert (await served(store)).version_id == "v1"
 
 
 async def test_the_next_leader_goes_on_from_staged(

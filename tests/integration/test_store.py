@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from service.edits import Edit, EditState, NewEdit
 from service.errors import ConfigurationError, Conflict, InvalidInput, NotFound
 from service.jobs import Job, JobKind, JobState
-from service.store import edits, idempotency, jobs, versions
+from service.store import edits, idempotency, jobs, trainers, versions
 from service.store.database import Database
 from service.store.ids import new_ids
 from service.versions import Verdict, Version
@@ -253,7 +253,8 @@ async def test_a_job_moves_only_as_its_table_allows(database: Database) -> None:
             seconds_elapsed=6.0,
             seconds_left=7.0,
         )
-        await jobs.record_progress(conn, job.id, progress)
+        await trainers.take(conn, job, "trainer")
+        await trainers.record_progress(conn, job.id, "trainer", progress)
         failed = await jobs.advance(conn, job.id, JobState.TRAINING, JobState.FAILED, error="why")
         assert await jobs.next_unfinished(conn) is None
     assert (failed.progress, failed.error) == (progress, "why")

@@ -25,7 +25,7 @@ from workers.errors import (
     ManifestMissing,
     ShardMissing,
 )
-from workers.slices import Slice
+from workers.slices import Folder, Slice, Writer
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 OTHER = "model.layers.1.input_layernorm.weight"
@@ -56,15 +56,17 @@ def values(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     }
 
 
-def write_slices(store: str, tensors: dict[str, Tensor], ranks: int = 2) -> list[Slice]:
+def write_slices(
+    store: str, tensors: dict[str, Tensor], ranks: int = 2, attempt: str = "first"
+) -> list[Slice]:
     """As `ranks` ranks would: equal widths, the last one short."""
     slices = []
     for name, tensor in tensors.items():
         width = -(-tensor.numel() // ranks)
         for rank, flat in enumerate(torch.split(tensor.flatten(), width)):
-            start = rank * width
+            start, writer = rank * width, Writer(rank, ranks, attempt)
             slices.append(
-                artifact.write_slice(store, "v1", name, tensor.shape, start, flat, rank, ranks)
+                artifact.write_slice(store, "v1", name, tensor.shape, start, flat, writer)
             )
     return slices
 
@@ -144,7 +146,7 @@ def test_the_manifest_is_the_last_file_written(store: str, monkeypatch: pytest.M
         raise OSError("crash")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fsspec.implementations.local.LocalFileSystem.mv", crash)
+        patched.setattr("os.link", crash)
         with pytest.raises(OSError, match="crash"):
             artifact.write_manifest(store, lineage(), slices)
     assert not artifact.exists(store, "v1")
@@ -309,7 +311,6 @@ def test_a_manifest_that_cannot_be_trusted(
 
 def test_a_finished_version_is_never_written_again(store: str, version: Manifest) -> None:
     again: list[Callable[[], Any]] = [
-        lambda: artifact.prepare(store, "v1"),
         lambda: write_slices(store, values()),
         lambda: artifact.write_manifest(store, lineage(), []),
     ]
@@ -318,12 +319,37 @@ def test_a_finished_version_is_never_written_again(store: str, version: Manifest
             attempt()
 
 
-def test_leftovers_of_an_unfinished_run_are_removed(store: str) -> None:
-    write_slices(store, values(), ranks=5)
-    artifact.prepare(store, "v1")
+def test_leftovers_of_other_attempts_are_removed(store: str) -> None:
+    write_slices(store, values(), ranks=5, attempt="another")
     manifest = artifact.write_manifest(store, lineage(), write_slices(store, values()))
     files = {path.name for path in (Path(store) / "versions/v1").glob("*.safetensors")}
     assert files == {shard.file for entry in manifest.tensors for shard in entry.shards}
+
+
+def test_the_first_attempt_to_finish_makes_the_version(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at the same moment, each of which has seen no manifest."""
+    slow = write_slices(store, values(), attempt="slow")
+    fast = write_slices(store, {name: -tensor for name, tensor in values().items()})
+    made: list[Manifest] = []
+    write_last = Folder.write_last
+
+    def overtaken(folder: Folder, file: str, payload: bytes) -> None:
+        monkeypatch.setattr(Folder, "write_last", write_last)
+        made.append(artifact.write_manifest(store, lineage(), fast))
+        write_last(folder, file, payload)
+
+    monkeypatch.setattr(Folder, "write_last", overtaken)
+    with pytest.raises(ArtifactError, match="finished version"):
+        artifact.write_manifest(store, lineage(), slow)
+    assert [artifact.read_manifest(store, "v1")] == made
+    for entry in made[0].tensors:
+        expected = -values()[entry.name]
+        assert torch.equal(artifact.read_tensor(store, "v1", entry), expected)
+    files = {path.name for path in (Path(store) / "versions/v1").iterdir()}
+    shards = {shard.file for entry in made[0].tensors for shard in entry.shards}
+    assert files == {artifact.MANIFEST, *shards}
 
 
 @pytest.mark.parametrize(
@@ -351,7 +377,7 @@ def test_slices_must_agree(store: str) -> None:
 def test_other_dtypes_are_refused(store: str) -> None:
     flat = torch.zeros(2, dtype=torch.float16)
     with pytest.raises(ArtifactError, match=r"torch\.float16 cannot be published"):
-        artifact.write_slice(store, "v1", NAME, (2,), 0, flat, 0, 1)
+        artifact.write_slice(store, "v1", NAME, (2,), 0, flat, Writer(0, 1, "first"))
 
 
 @pytest.mark.parametrize("version_id", ["..", "../v1", "v1/v2", ""])

@@ -48,3 +48,32 @@ def test_a_service_that_does_not_answer(
 ) -> None:
     monkeypatch.setenv("ERRATA_API_URL", "http://127.0.0.1:1")
     assert "http://127.0.0.1:1" in failing(["jobs", "list"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "ERRATA_DATABASE_URL"),
+        ({"ERRATA_DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/e"}, "ERRATA_VERSION_STORE"),
+        (
+            {
+                "ERRATA_DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/e",
+                "ERRATA_VERSION_STORE": "store",
+            },
+            "cannot use the database postgresql://u:***@127.0.0.1:1/e",
+        ),
+    ],
+)
+def test_a_job_that_cannot_be_trained_here(
+    environment: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    told = failing(["jobs", "run", "--wait", "--here"], monkeypatch, capsys)
+    assert said in told
+    assert "secret" not in told

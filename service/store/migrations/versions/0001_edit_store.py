@@ -16,6 +16,9 @@ CREATE TABLE jobs (
     edit_ids TEXT[],
     hparams JSONB NOT NULL,
     recheck INTEGER,
+    trained_by VARCHAR(16) NOT NULL,
+    trainer_id TEXT,
+    lease_until TIMESTAMP WITH TIME ZONE,
     parent_id TEXT,
     version_id TEXT,
     edits INTEGER DEFAULT '0' NOT NULL,
@@ -31,11 +34,15 @@ CREATE TABLE jobs (
     CONSTRAINT ck_jobs_state
         CHECK (state IN ('pending', 'training', 'evaluating', 'publishing', 'rolling_out',
             'done', 'failed', 'cancelled')),
+    CONSTRAINT ck_jobs_trained_by CHECK (trained_by IN ('coordinator', 'runner')),
+    CONSTRAINT ck_jobs_runner_has_a_lease
+        CHECK ((trained_by = 'runner') = (lease_until IS NOT NULL)),
     CONSTRAINT uq_jobs_version_id UNIQUE (version_id)
 );
 CREATE INDEX ix_jobs_unfinished ON jobs (id) WHERE (state NOT IN ('cancelled', 'done', 'failed'));
 CREATE TABLE replicas (
     id TEXT NOT NULL,
+    cluster TEXT NOT NULL,
     state VARCHAR(16) NOT NULL,
     resident TEXT[] NOT NULL,
     heartbeat_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
