@@ -1,0 +1,136 @@
+"""A Ray cluster of machines: `ray start` on each, started again whenever it ends.
+
+That is what Kubernetes does with the container of a Ray node. Knows nothing of the service.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import psutil
+
+from tests.cluster.redis import PASSWORD
+from tests.cluster.rig import Machine
+from tests.service_process import command_line
+
+GCS_PORT = 6379
+DASHBOARD_PORT = 8265
+TOKEN = "errata-tests-cluster-token-of-no-use-elsewhere"
+PROGRAMS = Path(sys.executable).parent
+OBJECT_STORE_BYTES = 150_000_000
+
+PROMPT = {
+    # A node that does not answer is given up after some 12 s; by default it takes a minute.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+}
+LEAN = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
+"""No worker processes before there is work for them."""
+
+
+class Node:
+    """A machine that runs Ray; the head, unless it is given the head's address to join."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        cpus: int = 0,
+        head: str | None = None,
+    ) -> None:
+        self.machine = machine
+        self.environment = {
+            **PROMPT,
+            **LEAN,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TMPDIR": str(machine.directory),
+            "TMPDIR": str(machine.directory),
+            "HOME": str(machine.directory),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        self._log = log
+        self._arguments = [
+            f"--node-ip-address={self.address}",
+            f"--num-cpus={cpus}",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            "--include-log-monitor=false",
+            "--block",
+            *(_as_head() if head is None else [f"--address={head}:{GCS_PORT}"]),
+        ]
+
+    def __enter__(self) -> Self:
+        self.restart()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.crash()
+
+    @property
+    def address(self) -> str:
+        return self.machine.address
+
+    def start(self) -> None:
+        """Ray, on the booted machine; returns at once."""
+        once = shlex.join([str(PROGRAMS / "ray"), "start", *self._arguments])
+        with self._log.open("a") as log:
+            self._supervisor = subprocess.Popen(
+                self.machine.command(["sh", "-c", f"while :; do {once}; sleep 1; done"]),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment},
+            )
+
+    def crash(self) -> None:
+        """The whole machine, at once."""
+        self.machine.crash()
+        self._supervisor.wait(30)
+
+    def restart(self) -> None:
+        """A new machine with the same address."""
+        self.machine.boot()
+        self.start()
+
+    def run(self, *arguments: str, timeout_s: float = 60) -> str:
+        """Output of a program of this environment, such as `serve`, on this node."""
+        [program, *rest] = arguments
+        command = [str(PROGRAMS / program), *rest]
+        return self.machine.run(command, self.environment, timeout_s)
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Those on this node whose command line begins with `title`."""
+        every = self.machine.processes()
+        return [one for one in every if "".join(command_line(one)[:1]).startswith(title)]
+
+
+def dashboard(head: Node, path: str) -> Any:
+    """What Ray's dashboard answers; `httpx.HTTPError` if it does not."""
+    response = httpx.get(
+        f"http://{head.address}:{DASHBOARD_PORT}{path}",
+        headers={"Authorization": f"Bearer {TOKEN}"},
+        timeout=30,
+    )
+    return response.raise_for_status().json()
+
+
+def _as_head() -> list[str]:
+    return [
+        "--head",
+        "--no-monitor",
+        f"--port={GCS_PORT}",
+        "--dashboard-host=0.0.0.0",
+        f"--dashboard-port={DASHBOARD_PORT}",
+        f"--redis-password={PASSWORD}",
+    ]

@@ -1,0 +1,201 @@
+"""A service on a Ray cluster of three machines, deployed as an operator would.
+
+PostgreSQL, the version store and Redis are on the host; all that nodes share is the network and
+the code.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from service.client import JSON, ApiError, Client, read_jsonl
+from tests.cluster.nodes import Node, dashboard
+from tests.cluster.postgres import Postgres
+from tests.cluster.redis import Redis
+from tests.cluster.rig import Machine, Network
+from tests.faults.object_store import BUCKET, ObjectStore
+from tests.proxy import TcpProxy
+from workers.artifact import Manifest
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+SERVE_CONFIG = DEPLOY / "serve" / "serve.yaml"
+EDITS = read_jsonl(DEPLOY / "demo" / "edits.jsonl")[:10]
+REPLICA = "ray::ServeReplica:errata:Replica"
+"""The title of a replica's process."""
+STAGE_TIMEOUT_S = 8
+LEASE_S = 5
+ANSWER_S = 30.0
+SETTINGS = {
+    "ERRATA_BEHIND_PROXY": "true",
+    "ERRATA_REPLICAS": "2",
+    "ERRATA_API_REPLICAS": "2",
+    "ERRATA_TRAIN_WORKERS": "2",
+    "ERRATA_CHECKPOINT_EVERY_S": "0",
+    "ERRATA_STAGE_TIMEOUT_S": str(STAGE_TIMEOUT_S),
+    "ERRATA_LEASE_S": str(LEASE_S),
+    "ERRATA_FETCH_TIMEOUT_S": "2",
+    "ERRATA_FETCH_ATTEMPTS": "2",
+    # Of 2 CPUs a node: two ranks need two nodes, and one node has room for both replicas.
+    "ERRATA_REPLICA_CPUS": "0.4",
+    "ERRATA_API_CPUS": "0.05",
+}
+CPUS = 2
+AWS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+T = TypeVar("T")
+
+
+def until(look: Callable[[], T | None], seconds: float = 90) -> T:
+    """What `look` finds, once it finds something that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.3)
+    return found
+
+
+class Site:
+    """`head` reserves nothing; `workers` have a replica and a training rank each."""
+
+    head: Node
+    workers: tuple[Node, Node]
+    store: TcpProxy
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            # Not pytest's directory: PostgreSQL's own account must pass through its parents, and
+            # the sockets of Ray have long names.
+            self.directory = Path(tempfile.mkdtemp(prefix="errata-"))
+            stack.callback(shutil.rmtree, self.directory)
+            self.network = stack.enter_context(Network())
+            self._start_stores(stack)
+            self._start_nodes(stack)
+            self.deploy()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for client in self._clients.values():
+            client.close()
+        self._stack.close()
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return (self.head, *self.workers)
+
+    @property
+    def data(self) -> Path:
+        """The data directory, on each node its own."""
+        return self.directory / "node" / "data"
+
+    def api(self, node: Node) -> Client:
+        """The service by the proxy on `node`."""
+        return self._clients[node.address]
+
+    @cached_property
+    def _clients(self) -> dict[str, Client]:
+        addresses = [node.address for node in self.nodes]
+        return {one: Client(f"http://{one}:8000", timeout_s=ANSWER_S) for one in addresses}
+
+    def deploy(self) -> None:
+        """The Serve config, as an operator does, once all nodes are there; until it is ready."""
+        until(lambda: self._alive() == len(self.nodes), 180)
+        self.head.run("serve", "deploy", str(SERVE_CONFIG))
+        until(self._deployed, 240)
+
+    def node(self, address: str) -> Node:
+        return next(one for one in self.nodes if one.address == address)
+
+    def manifest(self, version_id: str) -> Manifest:
+        content = self.objects.get(f"versions/{version_id}/manifest.json")
+        return Manifest.model_validate_json(content)
+
+    def note(self, figure: str, value: object) -> None:
+        """Shown once all is over."""
+        print(f"\n{figure}: {value:.1f}" if isinstance(value, float) else f"\n{figure}: {value}")
+
+    def replicas(self, deployment: str = "Replica") -> dict[str, str]:
+        """Address of the node of each running replica, by its id, as Serve has it."""
+        found = self.application()["deployments"][deployment]["replicas"]
+        return {one["replica_id"]: one["node_ip"] for one in found if one["state"] == "RUNNING"}
+
+    def application(self) -> JSON:
+        shown: JSON = dashboard(self.head, "/api/serve/applications/")
+        return dict(shown["applications"].get("errata", {}))
+
+    def _start_stores(self, stack: ExitStack) -> None:
+        host = self.network.host
+        self.postgres = stack.enter_context(Postgres(self.directory, host, self.network.range))
+        self.objects = stack.enter_context(ObjectStore())
+        self.store = stack.enter_context(TcpProxy(self.objects.address, host))
+        self.redis = stack.enter_context(Redis(host, self.directory))
+
+    def _start_nodes(self, stack: ExitStack) -> None:
+        self.head = self._node(stack, "head")
+        until(lambda: self._alive() == 1, 180)
+        first, second = (
+            self._node(stack, f"worker-{n}", cpus=CPUS, head=self.head.address) for n in (1, 2)
+        )
+        self.workers = first, second
+
+    def _node(self, stack: ExitStack, name: str, **role: Any) -> Node:
+        machine = Machine(self.network, self.directory / "node", self.network.address())
+        log = self.directory / f"{name}.log"
+        return stack.enter_context(Node(machine, self._environment(), log, **role))
+
+    def _environment(self) -> dict[str, str]:
+        store, redis = (f"{host}:{port}" for host, port in (self.store.address, self.redis.address))
+        return {
+            **SETTINGS,
+            **AWS,
+            "ERRATA_DATABASE_URL": self.postgres.url,
+            "ERRATA_VERSION_STORE": f"s3://{BUCKET}",
+            "ERRATA_DATA_DIR": str(self.data),
+            "AWS_ENDPOINT_URL": f"http://{store}",
+            "RAY_REDIS_ADDRESS": redis,
+        }
+
+    def _alive(self) -> int:
+        """How many nodes Ray has."""
+        try:
+            shown = dashboard(self.head, "/api/v0/nodes")
+        except httpx.HTTPError:
+            return 0
+        return sum(one["state"] == "ALIVE" for one in shown["data"]["result"]["result"])
+
+    def _deployed(self) -> bool:
+        try:
+            now = self.application()
+        except httpx.HTTPError:
+            return False
+        assert now.get("status") != "DEPLOY_FAILED", now["message"]
+        return now.get("status") == "RUNNING"
+
+    @property
+    def is_whole(self) -> bool:
+        """Each node with a proxy answers, no rollout runs, all replicas hold what is live."""
+        try:
+            running = self.replicas()
+            # Serve has proxies on the head and where it has replicas.
+            homes = {self.head.address, *running.values(), *self.replicas("Api").values()}
+            shown = [self._clients[address].get("/serving") for address in homes]
+        except (ApiError, httpx.HTTPError, KeyError):
+            return False
+        [now, *_] = shown
+        holding = [one for one in now["replicas"] if now["version"] in {"v0", *one["resident"]}]
+        return (
+            now["staging"] is None
+            and {one["id"] for one in holding} == running.keys()
+            and len(running) == len(now["replicas"]) == len(self.workers)
+        )
