@@ -29,6 +29,10 @@ _CONNECT = {
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "3",
+    # The server must notice, too, that a client was cut off, or its locks would stay: for hours by
+    # its own settings. Keepalives tell of a silent one, the last of one that was being answered.
+    "options": "-c tcp_keepalives_idle=5 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=2 "
+    "-c tcp_user_timeout=15000",
 }
 ANSWER_S = 8.0
 """A statement that takes longer is given up, its server taken for away."""
@@ -59,7 +63,7 @@ def parse_url(url: str) -> URL:
 
 
 def with_timeouts(url: URL) -> URL:
-    """`url` with libpq's timeouts, where it does not set them itself."""
+    """`url` with libpq's and the server's timeouts, where it does not set them itself."""
     return url.update_query_dict({name: v for name, v in _CONNECT.items() if name not in url.query})
 
 
@@ -105,8 +109,9 @@ class Connection(psycopg.AsyncConnection[tuple[object, ...]]):
 
 async def connect(url: URL, answer_s: float) -> Connection:
     """A connection outside any pool, in autocommit mode; `psycopg.OperationalError` if it fails."""
-    conninfo = with_timeouts(url).set(drivername="postgresql")
-    return await _connect(answer_s, conninfo.render_as_string(hide_password=False), autocommit=True)
+    full = with_timeouts(url)
+    given = {**full.translate_connect_args(username="user", database="dbname"), **full.query}
+    return await _connect(answer_s, autocommit=True, **given)
 
 
 async def _connect(answer_s: float, *args: Any, **options: Any) -> Connection:

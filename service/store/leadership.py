@@ -12,10 +12,6 @@ COORDINATOR = 0x4C454144  # "LEAD"
 CHECK_S = 5.0
 """A lock whose connection does not answer within this time is taken for lost."""
 _RETRY_S = 1.0
-# The server must notice, too, that a leader was cut off, or its lock would stay.
-_KEEPALIVE = (
-    "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 2"
-)
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +33,6 @@ class Leadership:
         except psycopg.OperationalError as error:
             raise Unavailable(f"cannot lead: {error}") from error
         try:
-            await conn.execute(_KEEPALIVE)
             lock = await conn.execute("SELECT pg_try_advisory_lock(%s)", (self._key,))
             if await lock.fetchone() == (True,):
                 self._conn = conn
