@@ -1,4 +1,4 @@
-"""What each connection asks of the server, so that a client that is cut off leaves no lock behind."""
+"""What each connection asks of the server: one that is cut off must leave no lock behind."""
 
 import pytest
 from sqlalchemy import text
