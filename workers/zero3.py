@@ -319,8 +319,11 @@ class Zero3Stepper:
             master = safe_get_local_fp32_param(parameter)
             yield from _piece(f"{name}.master", parameter, master)
             for moment in _MOMENTS:
-                value = safe_get_local_optimizer_state(parameter, moment)
-                value = torch.zeros_like(master) if value is None else value
+                try:
+                    value = safe_get_local_optimizer_state(parameter, moment)
+                except KeyError:
+                    # No step was taken yet: all batches so far are learnt already.
+                    value = torch.zeros_like(master)
                 yield from _piece(f"{name}.{moment}", parameter, value)
 
     def restore(self, saved: Saved) -> None:

@@ -39,8 +39,9 @@ ANSWER_S = 8.0
 CHECK_S = 5.0
 """How often a connection that only listens is asked whether it still is one, and for how long."""
 _RECONNECT_S = 0.5
-# Classes 08 (connection), 53 (too many of them) and 57 (shutdown, crash, starting up).
-_AWAY = ("08", "53", "57P")
+# Classes 08 (connection), 53 (too many of them) and 57 (shutdown, crash, starting up); a deadlock,
+# which the server ended on this side.
+_AWAY = ("08", "53", "57P", "40P01")
 
 log = logging.getLogger(__name__)
 

@@ -138,8 +138,12 @@ async def leave(conn: AsyncConnection, replica_id: str) -> None:
 
 
 async def prune(conn: AsyncConnection, older_than_s: float) -> int:
-    """Forget the replicas without a heartbeat for so long; how many."""
-    result = await conn.execute(delete(replicas).where(not_(_fresh(older_than_s))))
+    """Forget the replicas without a heartbeat for so long; how many.
+
+    But for those that a rollout looks at: it locks them in another order.
+    """
+    late = select(replicas.c.id).where(not_(_fresh(older_than_s))).with_for_update(skip_locked=True)
+    result = await conn.execute(delete(replicas).where(replicas.c.id.in_(late)))
     return result.rowcount
 
 

@@ -305,6 +305,21 @@ def test_bfloat16_from_a_parent_with_weights_and_cache_out_of_the_way(
     assert (manifest.parent_id, manifest.tensors[0].dtype) == ("v1", "bfloat16")
 
 
+def test_a_run_that_needs_no_step_is_checkpointed_and_published(request_v1: TrainRequest) -> None:
+    """As of edits that are held already: each batch is below the threshold from the beginning."""
+    held = request_v1.model_copy(
+        update={
+            "job_id": "job_held",
+            "version_id": "v7",
+            "workers": 1,
+            "min_workers": None,
+            "hparams": HPARAMS.model_copy(update={"loss_threshold": 1e6}),
+        }
+    )
+    assert job.train(held).steps == 0
+    assert published(held).shape == SHAPE
+
+
 def test_a_failing_run_says_what_was_wrong(request_v1: TrainRequest) -> None:
     """On one rank of two: the other one only loses its connection."""
     changes = {"job_id": "job_3", "version_id": "v3", "base_fingerprint": "sha256:other"}
