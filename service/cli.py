@@ -19,6 +19,7 @@ from service.commands.evaluate import evaluate
 from service.commands.locate import locate
 from service.commands.plan import plan
 from service.errors import ErrataError
+from service.settings import problems
 from workers.benchmark_sets import BenchmarkSet, SetName, to_edit_json
 from workers.errors import WorkersError
 
@@ -256,7 +257,7 @@ def main() -> None:
     try:
         app()
     except ValidationError as error:
-        fail("\n".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+        fail(problems(error))
     except (ApiError, ErrataError, WorkersError, ValueError, OSError) as error:
         fail(str(error))
 

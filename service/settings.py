@@ -164,5 +164,5 @@ class Settings(BaseSettings):
 
 
 def problems(error: ValidationError) -> str:
-    """What is wrong with which settings, a line each."""
+    """What is wrong with which fields, a line each."""
     return "\n".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())

@@ -122,7 +122,7 @@ async def _connect(answer_s: float, *args: Any, **options: Any) -> Connection:
 
 
 def is_away(error: DBAPIError | psycopg.Error) -> bool:
-    """Whether `error` means that the server cannot be reached, not that a statement failed."""
+    """Whether `error` is the server's state, to be waited out, not a statement's own failure."""
     driver = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
