@@ -10,7 +10,8 @@ import pytest
 from service import display
 from service.client import JSON
 from tests.cluster.rig import PROGRAMS
-from tests.cluster.site import EDITS, Site, until
+from tests.cluster.site import EDITS, Site
+from tests.faults.site import until
 
 APT_PACKAGES = "iproute2 util-linux redis-server"
 

@@ -6,12 +6,10 @@ the code.
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import httpx
 
@@ -21,6 +19,7 @@ from tests.cluster.postgres import Postgres
 from tests.cluster.redis import Redis
 from tests.cluster.rig import Machine, Network
 from tests.faults.object_store import BUCKET, ObjectStore
+from tests.faults.site import until
 from tests.proxy import TcpProxy
 from workers.artifact import Manifest
 
@@ -52,17 +51,6 @@ AWS = {
     "AWS_SECRET_ACCESS_KEY": "test",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-
-T = TypeVar("T")
-
-
-def until(look: Callable[[], T | None], seconds: float = 90) -> T:
-    """What `look` finds, once it finds something that is true."""
-    deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.3)
-    return found
 
 
 class Site:

@@ -7,8 +7,9 @@ import psutil
 from service import display
 from service.client import JSON
 from tests.cluster.nodes import Node
-from tests.cluster.site import EDITS, Site, until
+from tests.cluster.site import EDITS, Site
 from tests.cluster.watching import watching
+from tests.faults.site import until
 
 PROMPT = EDITS[0]["prompt"]
 ONE_EPOCH = {"max_epochs": 1, "formats": ["raw"]}

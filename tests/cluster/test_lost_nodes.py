@@ -9,9 +9,10 @@ from service import display
 from service.client import JSON, ApiError, read_jsonl
 from tests.cluster.nodes import Node
 from tests.cluster.rig import cut_off
-from tests.cluster.site import DEPLOY, EDITS, REPLICA, Site, until
+from tests.cluster.site import DEPLOY, EDITS, REPLICA, Site
 from tests.cluster.watching import Watch, watching
 from tests.faults.invariants import Invariants
+from tests.faults.site import until
 
 PROMPT = EDITS[0]["prompt"]
 _MORE = read_jsonl(DEPLOY / "demo" / "edits.jsonl")[len(EDITS) :]
