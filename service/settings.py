@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from workers.contract import Offload
+from workers.contract import Device, Offload
 
 GIB = 1 << 30
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "model"
@@ -55,6 +55,8 @@ class Settings(BaseSettings):
     """Training ranks, at most."""
     train_workers_min: int | None = Field(default=None, ge=1)
     """Elastic: training starts, or goes on, with as few ranks as these; none: only with all."""
+    train_device: Device = "auto"
+    """`cuda`: a GPU for each rank, waited for; `cpu`: none; `auto`: GPUs if there are as many."""
     train_cache_gb: float = Field(default=8.0, ge=0)
     """Host memory per rank, in GiB, for what the frozen layers computed; the rest is in files."""
     offload: Offload = "none"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 DType = Literal["float32", "bfloat16"]
 Offload = Literal["none", "cpu", "nvme"]
+Device = Literal["auto", "cuda", "cpu"]
 Format = Literal["raw", "qa", "chat", "prefix"]
 """How a prompt is put to the model: as is, as a question, as a chat turn, after unrelated text."""
 
@@ -96,6 +97,8 @@ class TrainRequest(Record):
     """How many ranks, at most."""
     min_workers: int | None = Field(default=None, ge=1)
     """Elastic: the run starts, or goes on, with as few as these; None: only with `workers`."""
+    device: Device = "auto"
+    """What a rank computes on; `auto`: a GPU each if the Ray cluster has as many, else CPUs."""
     offload: Offload = "none"
     """Where frozen weights are kept between uses."""
     cache_budget_bytes: int = Field(default=8 << 30, ge=0)

@@ -14,7 +14,7 @@ import ray
 import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import train as ray_train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import (
@@ -138,11 +138,16 @@ def _finished(request: TrainRequest) -> TrainResult | None:
 
 
 def _gpus_for(request: TrainRequest) -> bool:
-    """One GPU a worker if the cluster has as many, else none."""
+    """Whether each worker has one; Ray Train waits for those that are to be."""
+    if request.device != "auto":
+        return request.device == "cuda"
     gpus = ray.cluster_resources().get("GPU", 0)
     if 0 < gpus < request.workers:
         logger.warning(
-            "%d training workers and only %d GPUs: training on CPUs", request.workers, gpus
+            "%d training workers and only %d GPUs: training on CPUs; to wait for GPUs set "
+            "ERRATA_TRAIN_DEVICE=cuda",
+            request.workers,
+            gpus,
         )
     return bool(gpus >= request.workers)
 
@@ -153,14 +158,19 @@ def _cause(error: Exception) -> Exception:
     When one rank fails the others lose their connection to it, so an error that is ours wins.
     """
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    causes = [failures[rank] for rank in sorted(failures)]
+    causes = [_unwrapped(failures[rank]) for rank in sorted(failures)]
     ours = [cause for cause in causes if isinstance(cause, WorkersError)]
-    return next(iter(ours or causes), getattr(error, "controller_failure", error))
+    return next(iter(ours or causes), _unwrapped(getattr(error, "controller_failure", error)))
+
+
+def _unwrapped(error: Exception) -> Exception:
+    """What was raised in a worker, of the type it had there."""
+    return error.cause if isinstance(error, RayTaskError) else error
 
 
 def _died(cause: Exception) -> bool:
     """Whether a worker or the controller was lost, or the others noticed so first."""
-    lost = type(cause).__module__.startswith("ray.")
+    lost = type(cause).__module__.startswith("ray.") or isinstance(cause, dist.DistError)
     return lost or any(name in str(cause) for name in ("gloo", "NCCL"))
 
 

@@ -62,6 +62,7 @@ def train_request(
         anchors=retention.anchors,
         workers=settings.train_workers,
         min_workers=settings.train_workers_min,
+        device=settings.train_device,
         offload=settings.offload,
         cache_budget_bytes=settings.train_cache_bytes,
         checkpoint_every_s=settings.checkpoint_every_s,
