@@ -115,14 +115,22 @@ class Node:
         return [one for one in every if "".join(command_line(one)[:1]).startswith(title)]
 
 
-def dashboard(head: Node, path: str) -> Any:
-    """What Ray's dashboard answers; `httpx.HTTPError` if it does not."""
-    response = httpx.get(
-        f"http://{head.address}:{DASHBOARD_PORT}{path}",
-        headers={"Authorization": f"Bearer {TOKEN}"},
-        timeout=30,
-    )
-    return response.raise_for_status().json()
+class Dashboard:
+    """Of Ray, on `head`."""
+
+    def __init__(self, head: Node) -> None:
+        self._http = httpx.Client(
+            base_url=f"http://{head.address}:{DASHBOARD_PORT}",
+            headers={"Authorization": f"Bearer {TOKEN}"},
+            timeout=30,
+        )
+
+    def get(self, path: str) -> Any:
+        """What it answers; `httpx.HTTPError` if it does not."""
+        return self._http.get(path).raise_for_status().json()
+
+    def close(self) -> None:
+        self._http.close()
 
 
 def _as_head() -> list[str]:

@@ -34,7 +34,7 @@ _addresses = count(2)
 
 
 class Network:
-    """A bridge; the host has the first address of its network, machines have those after it.
+    """A bridge; the host has the first and the last address of its network, machines the others.
 
     The network is of 198.18.0.0/15, which is for such tests (RFC 2544), and the bridge is named
     after this process, so that two runs on one machine keep out of each other's way.
@@ -43,12 +43,13 @@ class Network:
     def __init__(self) -> None:
         self.bridge = f"errata{os.getpid()}"
         self._prefix = _unused_prefix()
-        self.host = f"{self._prefix}.1"
+        self.host, self.other_host = f"{self._prefix}.1", f"{self._prefix}.254"
         self.range = f"{self._prefix}.0/24"
 
     def __enter__(self) -> Self:
         _ip("link", "add", self.bridge, "type", "bridge")
-        _ip("address", "add", f"{self.host}/24", "dev", self.bridge)
+        for address in (self.host, self.other_host):
+            _ip("address", "add", f"{address}/24", "dev", self.bridge)
         _ip("link", "set", self.bridge, "up")
         return self
 
@@ -114,6 +115,26 @@ class Machine:
 
     def reconnect(self) -> None:
         self._set_port(_FORWARDING)
+
+    @contextmanager
+    def without_route(self, address: str) -> Iterator[None]:
+        """For as long as the block lasts this machine cannot send there, and is told so."""
+        self.run(["ip", "route", "add", "unreachable", address])
+        try:
+            yield
+        finally:
+            self.run(["ip", "route", "delete", "unreachable", address])
+
+    @contextmanager
+    def with_file(self, path: Path, content: str) -> Iterator[None]:
+        """For as long as the block lasts this machine, and none else, sees `content` at `path`."""
+        other = self.directory / path.name
+        self.run(["sh", "-ec", 'printf %s "$1" > "$2"', "sh", content, str(other)])
+        self.run(["mount", "--bind", str(other), str(path)])
+        try:
+            yield
+        finally:
+            self.run(["umount", str(path)])
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """What to execute for `arguments` to run on this machine."""

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import yaml
 
 from service.client import JSON, ApiError, Client, read_jsonl
-from tests.cluster.nodes import Node, dashboard
+from tests.cluster.nodes import Dashboard, Node
 from tests.cluster.postgres import Postgres
 from tests.cluster.redis import Redis
 from tests.cluster.rig import Machine, Network
@@ -26,8 +27,8 @@ from workers.artifact import Manifest
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVE_CONFIG = DEPLOY / "serve" / "serve.yaml"
 EDITS = read_jsonl(DEPLOY / "demo" / "edits.jsonl")[:10]
-REPLICA = "ray::ServeReplica:errata:Replica"
-"""The title of a replica's process."""
+ACTOR = "ray::ServeReplica:errata"
+"""Their processes are titled so, and by their deployment."""
 STAGE_TIMEOUT_S = 8
 LEASE_S = 5
 ANSWER_S = 30.0
@@ -99,8 +100,18 @@ class Site:
     def deploy(self) -> None:
         """The Serve config, as an operator does, once all nodes are there; until it is ready."""
         until(lambda: self._alive() == len(self.nodes), 180)
-        self.head.run("serve", "deploy", str(SERVE_CONFIG))
+        self._apply(SERVE_CONFIG)
         until(self._deployed, 240)
+
+    def refused(self, args: JSON) -> str:
+        """Why the Serve config with these `args` is not deployed."""
+        config = yaml.safe_load(SERVE_CONFIG.read_text())
+        config["applications"][0]["args"] = args
+        changed = self.directory / "serve.yaml"
+        changed.write_text(yaml.safe_dump(config))
+        self._apply(changed)
+        now = until(lambda: self._ended_as("DEPLOY_FAILED"), 120)
+        return str(now["message"])
 
     def node(self, address: str) -> Node:
         return next(one for one in self.nodes if one.address == address)
@@ -119,18 +130,21 @@ class Site:
         return {one["replica_id"]: one["node_ip"] for one in found if one["state"] == "RUNNING"}
 
     def application(self) -> JSON:
-        shown: JSON = dashboard(self.head, "/api/serve/applications/")
+        shown: JSON = self._dashboard.get("/api/serve/applications/")
         return dict(shown["applications"].get("errata", {}))
 
     def _start_stores(self, stack: ExitStack) -> None:
         host = self.network.host
         self.postgres = stack.enter_context(Postgres(self.directory, host, self.network.range))
         self.objects = stack.enter_context(ObjectStore())
-        self.store = stack.enter_context(TcpProxy(self.objects.address, host))
+        # At an address of its own, so that it can be kept from a node alone.
+        self.store = stack.enter_context(TcpProxy(self.objects.address, self.network.other_host))
         self.redis = stack.enter_context(Redis(host, self.directory))
 
     def _start_nodes(self, stack: ExitStack) -> None:
         self.head = self._node(stack, "head")
+        self._dashboard = Dashboard(self.head)
+        stack.callback(self._dashboard.close)
         until(lambda: self._alive() == 1, 180)
         first, second = (
             self._node(stack, f"worker-{n}", cpus=CPUS, head=self.head.address) for n in (1, 2)
@@ -157,10 +171,17 @@ class Site:
     def _alive(self) -> int:
         """How many nodes Ray has."""
         try:
-            shown = dashboard(self.head, "/api/v0/nodes")
+            shown = self._dashboard.get("/api/v0/nodes")
         except httpx.HTTPError:
             return 0
         return sum(one["state"] == "ALIVE" for one in shown["data"]["result"]["result"])
+
+    def _apply(self, config: Path) -> None:
+        self.head.run("serve", "deploy", str(config))
+
+    def _ended_as(self, status: str) -> JSON | None:
+        now = self.application()
+        return now if now.get("status") == status else None
 
     def _deployed(self) -> bool:
         try:
@@ -174,16 +195,20 @@ class Site:
     def is_whole(self) -> bool:
         """Each node with a proxy answers, no rollout runs, all replicas hold what is live."""
         try:
-            running = self.replicas()
+            running, apis = self.replicas(), self.replicas("Api")
             # Serve has proxies on the head and where it has replicas.
-            homes = {self.head.address, *running.values(), *self.replicas("Api").values()}
+            homes = {self.head.address, *running.values(), *apis.values()}
             shown = [self._clients[address].get("/serving") for address in homes]
         except (ApiError, httpx.HTTPError, KeyError):
             return False
         [now, *_] = shown
-        holding = [one for one in now["replicas"] if now["version"] in {"v0", *one["resident"]}]
+        holding = [
+            one
+            for one in now["replicas"]
+            if one["state"] == "ready" and now["version"] in {"v0", *one["resident"]}
+        ]
         return (
             now["staging"] is None
             and {one["id"] for one in holding} == running.keys()
-            and len(running) == len(now["replicas"]) == len(self.workers)
+            and len(running) == len(now["replicas"]) == len(apis) == len(self.workers)
         )

@@ -9,7 +9,7 @@ from service import display
 from service.client import JSON, ApiError, read_jsonl
 from tests.cluster.nodes import Node
 from tests.cluster.rig import cut_off
-from tests.cluster.site import DEPLOY, EDITS, REPLICA, Site
+from tests.cluster.site import ACTOR, DEPLOY, EDITS, Site
 from tests.cluster.watching import Watch, watching
 from tests.faults.invariants import Invariants
 from tests.faults.site import until
@@ -24,18 +24,19 @@ STEPS = 9
 numbers = count()
 
 
-def replace_replica(site: Site, node: Node) -> None:
-    """Ends one on `node`; returns once another one, anywhere, holds what is live."""
-    before = site.replicas().keys()
-    [process, *_] = node.processes(REPLICA)
+def replace_replica(site: Site, node: Node, deployment: str = "Replica") -> None:
+    """Ends one on `node`; returns once another one, anywhere, has taken its place."""
+    before = site.replicas(deployment).keys()
+    [process, *_] = node.processes(f"{ACTOR}:{deployment}")
     process.kill()
-    until(lambda: site.is_whole and site.replicas().keys() != before)
+    until(lambda: site.is_whole and site.replicas(deployment).keys() != before)
 
 
 def spread(site: Site) -> None:
-    """A replica on each worker: after a loss they stay where they were started anew."""
-    while len(homes := {*site.replicas().values()}) < len(site.workers):
-        replace_replica(site, site.node(homes.pop()))
+    """A replica and an Api on each worker: after a loss they stay where they were started anew."""
+    for deployment in ("Replica", "Api"):
+        while len(homes := {*site.replicas(deployment).values()}) < len(site.workers):
+            replace_replica(site, site.node(homes.pop()), deployment)
 
 
 def roll_back(site: Site) -> None:
@@ -135,7 +136,9 @@ def test_a_node_is_lost_while_training_and_while_swapping(
         lost.machine.cut_off() if how == "cut off" else lost.crash()
         try:
             acknowledged = post_edit(site, other)
+            site.note(f"{how}: an edit acknowledged, s", time.monotonic() - lost_at)
             until(lambda: activated(site, other, trained["version"]))
+            site.note(f"{how}: an activation accepted, s", time.monotonic() - lost_at)
             now = display.await_rollout(api, trained["version"], 240)
             site.note(f"{how}: another version committed, s", time.monotonic() - lost_at)
             until(lambda: [*site.replicas().values()] == [other.address] * 2)

@@ -95,7 +95,11 @@ class Site:
             now = self.api.get("/serving")
         except ApiError:
             return False
-        holding = [one for one in now["replicas"] if now["version"] in {"v0", *one["resident"]}]
+        holding = [
+            one
+            for one in now["replicas"]
+            if one["state"] == "ready" and now["version"] in {"v0", *one["resident"]}
+        ]
         return (
             now["staging"] is None
             and len(holding) == len(now["replicas"]) == 2

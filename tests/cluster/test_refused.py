@@ -1,0 +1,61 @@
+"""What a cluster lacks is said by the deployment's status, and what ran before goes on."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from service import build
+from tests.cluster.postgres import GUARDED
+from tests.cluster.site import EDITS, Site
+
+PROMPT = EDITS[0]["prompt"]
+ELSE_AS_BEFORE = {"cluster_wait_s": 5}
+"""Serve looks at a config only if it differs from that of what runs."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _deployed_after(site: Site) -> Iterator[None]:
+    yield
+    site.deploy()
+
+
+@pytest.fixture(autouse=True)
+def _answers(site: Site) -> Iterator[None]:
+    yield
+    for node in site.nodes:
+        assert site.api(node).ask(PROMPT, max_tokens=1)
+
+
+def test_a_version_store_that_one_node_does_not_reach(site: Site) -> None:
+    lost = site.workers[1]
+    with lost.machine.without_route(site.store.address[0]):
+        said = site.refused(ELSE_AS_BEFORE)
+    assert f"node {lost.address}: version_store: s3://errata cannot be read" in said
+    assert "ERRATA_VERSION_STORE" in said
+    assert site.workers[0].address not in said
+
+
+def test_a_node_of_another_build(site: Site) -> None:
+    other = site.workers[0]
+    file = build.ROOT / "service" / "errors.py"
+    # A process that has looked before knows what it is.
+    for process in other.processes("ray::IDLE"):
+        process.kill()
+    with other.machine.with_file(file, f"{file.read_text()}\n# Another build.\n"):
+        said = site.refused(ELSE_AS_BEFORE)
+    assert f"image: node {other.address} runs another build of errata" in said
+    assert "the same image" in said
+    assert site.workers[1].address not in said
+
+
+def test_gpus_that_no_node_has(site: Site) -> None:
+    said = site.refused({"replica_gpus": 1, "cluster_wait_s": 0})
+    assert "replica_gpus: a replica reserves 1 GPU" in said
+    assert "ERRATA_REPLICA_GPUS=0" in said
+
+
+def test_a_wrong_password(site: Site) -> None:
+    said = site.refused({"database_url": site.postgres.url_of(f"{GUARDED}:s3cret")})
+    assert f'password authentication failed for user "{GUARDED}"' in said
+    assert "ERRATA_DATABASE_URL" in said
+    assert "s3cret" not in said
