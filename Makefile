@@ -4,24 +4,25 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-with-ray test-without-ray test-cluster check bench install
+.PHONY: demo test test-first test-second test-cluster check bench install
 
 # The main job on one machine, with embedded defaults: facts change in a running model.
 demo: $(INSTALLED)
 	$(BIN)/python -m deploy.demo $(if $(KEEP),--keep)
 
-# The tests that start Ray are one after the other; the rest run beside them, a thread each.
-RAY_TESTS := tests/e2e tests/faults tests/integration/test_replica.py tests/integration/test_training.py
+# Two lanes, a thread each; in each the tests that start Ray come one after the other.
+FIRST_LANE := tests/e2e tests/faults tests/integration/test_training.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: $(INSTALLED)
-	$(MAKE) --no-print-directory --jobs 2 test-with-ray test-without-ray
+	$(MAKE) --no-print-directory --jobs 2 test-first test-second
 
-test-with-ray: $(INSTALLED)
-	$(PYTEST) $(RAY_TESTS) | sed --unbuffered 's/^/with Ray: /'
+test-first: $(INSTALLED)
+	$(PYTEST) $(FIRST_LANE) --ignore=tests/faults/test_two_clusters.py | sed --unbuffered 's/^/first: /'
 
-test-without-ray: $(INSTALLED)
-	$(PYTEST) $(addprefix --ignore=,$(RAY_TESTS) tests/cluster) | sed --unbuffered 's/^/without: /'
+test-second: $(INSTALLED)
+	$(PYTEST) $(addprefix --ignore=,$(FIRST_LANE) tests/cluster) | sed --unbuffered 's/^/second: /'
+	$(PYTEST) tests/faults/test_two_clusters.py | sed --unbuffered 's/^/second: /'
 
 # A Ray cluster of machines in network namespaces: takes root, iproute2, redis-server, and a machine
 # that does nothing else meanwhile.

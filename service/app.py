@@ -14,6 +14,7 @@ import ray
 from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from service import preflight
@@ -24,13 +25,14 @@ from service.coordinator.pipeline import BaseModel
 from service.errors import ConfigurationError
 from service.metrics import exporters
 from service.replica.client import ServeInference
-from service.replica.deployment import replicas
+from service.replica.deployment import HEALTH_PERIOD_S, HEALTH_TIMEOUT_S, replicas
 from service.replica.running import http_host, running_replicas
 from service.settings import Settings, problems
 from service.store import versions
 from service.store.database import Database
 from service.store.migrate import upgrade
 from workers import models
+from workers.errors import WorkersError
 
 APP_NAME = "errata"
 
@@ -98,12 +100,15 @@ def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.A
     coordinator = serve.deployment(CoordinatorProcess, name="Coordinator").options(
         num_replicas=1,
         ray_actor_options={**light, "runtime_env": {"env_vars": cluster}},
-        health_check_period_s=2,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
     )
     api = serve.deployment(serve.ingress()(Api), name="Api").options(
         num_replicas=settings.api_replicas,
         max_ongoing_requests=1024,
         ray_actor_options=light,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
     )
     inference = replicas(settings, database_url, base.fingerprint, source_digest())
     return api.bind(
@@ -117,9 +122,17 @@ def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.A
 def application(args: Mapping[str, Any]) -> serve.Application:
     """The service on the Ray cluster that Serve runs on; what `deploy/serve/serve.yaml` names.
 
-    Settings are those of the environment, but for `args`, by name. Raises `ConfigurationError`,
-    which Serve shows as the application's status, if something that it needs is not there.
+    Settings are those of the environment, but for `args`, by name. Raises `RayServeException` if
+    something that it needs is not there: Serve shows its text as the application's status, and
+    does not try again, as it does for other exceptions.
     """
+    try:
+        return _application(args)
+    except (ConfigurationError, WorkersError) as error:
+        raise RayServeException(str(error)) from error
+
+
+def _application(args: Mapping[str, Any]) -> serve.Application:
     settings = settings_from(args)
     preflight.check_host(http_host(), settings.behind_proxy)
     preflight.require(settings)

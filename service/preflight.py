@@ -18,12 +18,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from service.build import require_build, source_digest
 from service.errors import ConfigurationError, ErrataError
 from service.settings import Settings
-from service.store.database import parse_url, reach
+from service.store.database import NotReached, parse_url, reach
 from workers import models
 from workers.errors import WorkersError
 from workers.slices import Folder
 
-DATABASE_S = 30.0
+DATABASE_S = 60.0
 """A database that is being started is waited for so long."""
 NODE_S = 60.0
 """A node that has not answered within this time is taken for unable to."""
@@ -143,7 +143,7 @@ def _database(settings: Settings) -> str:
     while True:
         try:
             asyncio.run(reach(settings.database_url))
-        except ConfigurationError:
+        except NotReached:
             if time.monotonic() > give_up:
                 raise
             time.sleep(RETRY_S)

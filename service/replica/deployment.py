@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 QUERIES = 256
 """In flight on one replica at most; more wait for the first one that has room."""
+HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 10.0
+"""A process that does not answer three times in a row is replaced: what is on a node that was cut
+off, if Ray has not given the node up before."""
 DRAIN_S = 30.0
 """A replica that is ended answers what it was given for so long at most."""
 ROUTING_S = 0.5
@@ -191,7 +194,8 @@ def replicas(
         **scale,
         max_ongoing_requests=QUERIES,
         ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
-        health_check_period_s=2,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.5,
         request_router_config=RequestRouterConfig(

@@ -42,6 +42,8 @@ _RECONNECT_S = 0.5
 # Classes 08 (connection), 53 (too many of them) and 57 (shutdown, crash, starting up); a deadlock,
 # which the server ended on this side.
 _AWAY = ("08", "53", "57P", "40P01")
+# What a server says to a new connection that it may take later: it starts or ends, or is full.
+_PASSING = ("the database system is", "too many clients", "remaining connection slots")
 
 log = logging.getLogger(__name__)
 
@@ -143,14 +145,25 @@ def cannot_connect(url: URL, error: DBAPIError | psycopg.Error) -> Configuration
     )
 
 
+class NotReached(ConfigurationError):
+    """No server answers, or none that takes connections yet: it may be starting."""
+
+
 async def reach(url: str) -> None:
-    """Connects once; `ConfigurationError` with the reason if that fails."""
+    """Connects once; `ConfigurationError` with the reason if that fails, perhaps `NotReached`."""
     parsed = parse_url(url)
     try:
         async with await connect(parsed, CHECK_S) as conn:
             await conn.execute("SELECT 1")
     except psycopg.OperationalError as error:
-        raise cannot_connect(parsed, error) from error
+        told = cannot_connect(parsed, error)
+        raise told if _is_refusal(error) else NotReached(str(told)) from error
+
+
+def _is_refusal(error: psycopg.OperationalError) -> bool:
+    """Whether a server that is ready refused the connection; libpq gives its words only."""
+    said = str(error)
+    return "FATAL:" in said and not any(passing in said for passing in _PASSING)
 
 
 class Database:

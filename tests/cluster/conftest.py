@@ -53,7 +53,7 @@ def trained(site: Site) -> JSON:
     return ended
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def whole(site: Site) -> Iterator[None]:
     """Before and after each test."""
     until(lambda: site.is_whole)

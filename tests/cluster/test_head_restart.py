@@ -3,6 +3,7 @@
 import time
 
 import psutil
+import pytest
 
 from service import display
 from service.client import JSON
@@ -10,6 +11,8 @@ from tests.cluster.nodes import Node
 from tests.cluster.site import EDITS, Site
 from tests.cluster.watching import watching
 from tests.faults.site import until
+
+pytestmark = pytest.mark.usefixtures("whole")
 
 PROMPT = EDITS[0]["prompt"]
 ONE_EPOCH = {"max_epochs": 1, "formats": ["raw"]}

@@ -1,9 +1,13 @@
 """The main job, with nothing shared by the nodes but the network: facts change, and change back."""
 
+import pytest
+
 from service import display
 from service.client import JSON
 from tests.cluster.site import EDITS, Site
 from workers.evaluation import MAX_NEW_TOKENS, STOP, matches
+
+pytestmark = pytest.mark.usefixtures("whole")
 
 PROMPT, TARGET = EDITS[0]["prompt"], EDITS[0]["target"]
 

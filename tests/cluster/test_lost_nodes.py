@@ -14,9 +14,11 @@ from tests.cluster.watching import Watch, watching
 from tests.faults.invariants import Invariants
 from tests.faults.site import until
 
+pytestmark = pytest.mark.usefixtures("whole")
+
 PROMPT = EDITS[0]["prompt"]
 _MORE = read_jsonl(DEPLOY / "demo" / "edits.jsonl")[len(EDITS) :]
-MORE_EDITS = {"cut off": _MORE[:10], "killed": _MORE[10:20]}
+MORE_EDITS = {"cut off": _MORE[:5], "killed": _MORE[5:10]}
 HPARAMS = {"batch_size": 1, "formats": ["raw"]}
 STEPS = 9
 """Trained, and kept, before the node is lost."""

@@ -4,13 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ray.serve.exceptions import RayServeException
 
 from service import build, preflight
-from service.app import settings_from
+from service.app import application, settings_from
 from service.build import require_build, source_digest
 from service.errors import ConfigurationError
 from service.preflight import Finding, check_host, check_shared, examine
 from service.settings import Settings
+from service.store.database import NotReached
 
 
 def settings(**values: object) -> Settings:
@@ -33,7 +35,11 @@ def test_what_can_be_reached_passes(database_url: str, tmp_path: Path) -> None:
     assert list((store / "probes").iterdir()) == []
 
 
-def test_wrong_credentials_are_said_without_the_password(postgres_url: str) -> None:
+def test_wrong_credentials_are_said_without_the_password(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A server that refuses is not waited for.
+    monkeypatch.setattr(preflight, "DATABASE_S", 600.0)
     url = postgres_url.replace("postgres@", "nobody:s3cret@")
     refused = found(settings(database_url=url))["database"]
     assert not refused.passed
@@ -109,3 +115,23 @@ def test_another_build_is_refused_by_node(tmp_path: Path, monkeypatch: pytest.Mo
             require_build(own, "10.0.0.2")
     finally:
         source_digest.cache_clear()
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def reach(url: str) -> None:
+        asked.append(url)
+        if len(asked) < 3:
+            raise NotReached("starting")
+
+    monkeypatch.setattr(preflight, "DATABASE_S", 600.0)
+    monkeypatch.setattr(preflight, "RETRY_S", 0.0)
+    monkeypatch.setattr(preflight, "reach", reach)
+    assert found(settings(database_url="postgresql://errata@db/errata"))["database"].passed
+    assert len(asked) == 3
+
+
+def test_what_serve_is_told_is_the_message_alone() -> None:
+    with pytest.raises(RayServeException, match=r"^args: replica is no setting"):
+        application({"replica": 3})
