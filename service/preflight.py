@@ -56,6 +56,14 @@ def require(settings: Settings) -> None:
         raise ConfigurationError("; ".join(wrong))
 
 
+def require_nodes(settings: Settings) -> None:
+    """As `require`, of what each node of a cluster must have that only trains."""
+    nodes = alive_nodes()
+    if len(nodes) > 1:
+        _shared(settings, nodes)
+        _each_node(settings, nodes)
+
+
 def examine(settings: Settings) -> Iterator[Finding]:
     """Everything that can be known beforehand; of the Ray cluster too, if one is connected to."""
     yield _finding("model", lambda: str(models.check(models.resolve(settings.model_path)).path))

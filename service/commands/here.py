@@ -45,6 +45,7 @@ def run_here(body: JSON, wait: bool, quiet: bool) -> JSON:
     settings, asked = Settings(), JobIn.model_validate(body)
     url = _database_url(settings)
     from service.app import base_model
+    from service.preflight import require_nodes
 
     upgrade(url)
     base = base_model(settings)
@@ -55,6 +56,7 @@ def run_here(body: JSON, wait: bool, quiet: bool) -> JSON:
             show(_json(job))
 
         with ray_cluster(settings):
+            require_nodes(settings)
             job = _run(
                 _train(url, settings, base, asked, show_job),
                 "the job stays; `errata jobs run --here` goes on with it",

@@ -104,10 +104,9 @@ class Node:
         self.start()
 
     def run(self, *arguments: str, timeout_s: float = 60) -> str:
-        """Output of a program of this environment, such as `serve`, on this node."""
-        [program, *rest] = arguments
-        command = [str(PROGRAMS / program), *rest]
-        return self.machine.run(command, self.environment, timeout_s)
+        """Output of a program, with this environment and cluster, on this node."""
+        environment = {**self.environment, "RAY_ADDRESS": "auto"}
+        return self.machine.run(arguments, environment, timeout_s)
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Those on this node whose command line begins with `title`."""

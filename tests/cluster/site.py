@@ -15,7 +15,7 @@ import httpx
 import yaml
 
 from service.client import JSON, ApiError, Client, read_jsonl
-from tests.cluster.nodes import Dashboard, Node
+from tests.cluster.nodes import PROGRAMS, Dashboard, Node
 from tests.cluster.postgres import Postgres
 from tests.cluster.redis import Redis
 from tests.cluster.rig import Machine, Network
@@ -178,7 +178,7 @@ class Site:
         return sum(one["state"] == "ALIVE" for one in shown["data"]["result"]["result"])
 
     def _apply(self, config: Path) -> None:
-        self.head.run("serve", "deploy", str(config))
+        self.head.run(str(PROGRAMS / "serve"), "deploy", str(config))
 
     def _ended_as(self, status: str) -> JSON | None:
         now = self.application()
