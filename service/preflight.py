@@ -21,7 +21,7 @@ from service.settings import Settings
 from service.store.database import NotReached, parse_url, reach
 from workers import models
 from workers.errors import WorkersError
-from workers.slices import Folder
+from workers.folders import Folder
 
 DATABASE_S = 60.0
 """A database that is being started is waited for so long."""

@@ -23,7 +23,8 @@ from torch import Tensor
 from workers import slices
 from workers.contract import DType, Hparams, Record, TrainResult
 from workers.errors import ArtifactError, BaseMismatch, DigestMismatch, ManifestMissing
-from workers.slices import Folder, Shard, Slice, Writer
+from workers.folders import Folder
+from workers.slices import Shard, Slice, Writer
 
 FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"

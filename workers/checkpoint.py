@@ -18,8 +18,9 @@ from torch import Tensor
 from workers import slices
 from workers.contract import Record
 from workers.errors import ArtifactError, TrainingFailed
+from workers.folders import Folder
 from workers.locft import State
-from workers.slices import Folder, Shard, Slice, Writer
+from workers.slices import Shard, Slice, Writer
 
 FILE = "checkpoint.json"
 _FOLDER = re.compile(r"\d{5}-\d{7}-\w+")

@@ -31,7 +31,7 @@ from workers.errors import (
     TrainingFailed,
     WorkersError,
 )
-from workers.slices import Folder
+from workers.folders import Folder
 
 logger = logging.getLogger(__name__)
 

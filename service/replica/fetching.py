@@ -118,9 +118,9 @@ class _NodeCopies:
         self._cache = cache
 
     def manifest(self, version_id: str, base_fingerprint: str) -> "Manifest":
-        from workers import artifact, slices
+        from workers import artifact, folders
 
-        slices.check_plain(version_id)
+        folders.check_plain(version_id)
         file = f"versions/{version_id}/{MANIFEST}"
 
         path = self._remote.url_of(file)
@@ -200,7 +200,8 @@ class _NodeCopies:
             return artifact.read_tensor(store, version_id, entry)
 
     def _replace_damaged(self, version_id: str, entry: "TensorEntry") -> None:
-        from workers.slices import Folder, read_shard
+        from workers.folders import Folder
+        from workers.slices import read_shard
 
         folder = Folder(str(self._cache.store), "versions", version_id)
         for shard in entry.shards:

@@ -46,7 +46,7 @@ def until(look: Callable[[], T | None], seconds: float = 90) -> T:
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.1)
+        time.sleep(0.2)
     return found
 
 

@@ -200,11 +200,13 @@ def test_processes_share_and_one_that_is_killed_lets_another_go_on(
         (folder / "left-over").write_text("of the one that is killed")
         replica.kill()
         proxy.answer = bytes
-        proxy.sent.clear()
         killed.set()
         assert waiting.result(20)
     assert {path.name for path in folder.iterdir()} == {artifact.MANIFEST, *files(version)}
-    assert [asked(proxy, file) for file in files(version)] == [1, 1]
+    # The one that was killed had asked for the first, and perhaps for the second.
+    first, second = (asked(proxy, file) for file in files(version))
+    assert first == 2
+    assert second in {1, 2}
 
 
 # A network that fails

@@ -25,7 +25,8 @@ from workers.errors import (
     ManifestMissing,
     ShardMissing,
 )
-from workers.slices import Folder, Slice, Writer
+from workers.folders import Folder
+from workers.slices import Slice, Writer
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 OTHER = "model.layers.1.input_layernorm.weight"

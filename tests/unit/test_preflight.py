@@ -1,6 +1,8 @@
 """What is refused before anything is deployed, and what the refusal says."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,9 @@ def test_a_server_that_is_not_there_yet_is_waited_for(monkeypatch: pytest.Monkey
 def test_what_serve_is_told_is_the_message_alone() -> None:
     with pytest.raises(RayServeException, match=r"^args: replica is no setting"):
         application({"replica": 3})
+
+
+def test_who_does_not_compute_does_not_load_torch() -> None:
+    """It would take each Api, and each node's probe, some seconds and 200 MB."""
+    code = "import sys; import service.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,113 @@
+"""Folders of an fsspec store. Torch-free; knows nothing of what is in their files."""
+
+import io
+import os
+import re
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+
+from workers.errors import ArtifactError
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+class Folder:
+    """A folder of a store: an fsspec URL and path components, each a plain name."""
+
+    def __init__(self, store: str, *parts: str) -> None:
+        for part in parts:
+            check_plain(part)
+        self.fs, root = fsspec.core.url_to_fs(store)
+        self.path = "/".join([root.rstrip("/"), *parts])
+        self._local = "file" in self.fs.protocol
+
+    def __str__(self) -> str:
+        return self.path
+
+    def has(self, file: str) -> bool:
+        return self._exists(f"{self.path}/{file}")
+
+    def make(self) -> None:
+        self.fs.makedirs(self.path, exist_ok=True)
+
+    def remove(self) -> None:
+        if self._exists(self.path):
+            self.fs.rm(self.path, recursive=True)
+
+    def files(self) -> list[str]:
+        """Names of the files in it."""
+        return [e["name"].rsplit("/", 1)[1] for e in self._entries() if e["type"] == "file"]
+
+    def remove_file(self, name: str) -> None:
+        self.fs.rm_file(f"{self.path}/{name}")
+
+    def remove_folder(self, name: str) -> None:
+        self.fs.rm(f"{self.path}/{name}", recursive=True)
+
+    def folders(self) -> list[str]:
+        """Names of the folders in it, in order."""
+        found = self._entries()
+        return sorted(e["name"].rsplit("/", 1)[1] for e in found if e["type"] == "directory")
+
+    def read(self, file: str) -> bytes:
+        payload: bytes = self.fs.cat_file(f"{self.path}/{file}")
+        return payload
+
+    def open(self, file: str) -> io.FileIO | io.BytesIO:
+        """For reading from its beginning; what is not a local file is in memory then."""
+        if self._local:
+            return open(f"{self.path}/{file}", "rb", buffering=0)
+        return io.BytesIO(self.read(file))
+
+    def write(self, file: str, payload: bytes) -> None:
+        """Durably, where the file system can."""
+        with self.fs.open(f"{self.path}/{file}", "wb") as stream:
+            stream.write(payload)
+            if self._local:
+                stream.flush()
+                os.fsync(stream.fileno())
+
+    def write_last(self, file: str, payload: bytes) -> None:
+        """Whole or not at all, and once: `FileExistsError` if it is there, whoever wrote it.
+
+        A local file is linked into place; of other stores, those that can refuse to replace one.
+        """
+        if not self._local:
+            self.fs.pipe_file(f"{self.path}/{file}", payload, mode="create")
+            return
+        unfinished = f"{self.path}/.{file}.{uuid4().hex}.partial"
+        self.write(unfinished.rpartition("/")[2], payload)
+        try:
+            os.link(unfinished, f"{self.path}/{file}")
+        finally:
+            os.unlink(unfinished)
+        self._sync()
+
+    def _entries(self) -> list[dict[str, Any]]:
+        if not self._exists(self.path):
+            return []
+        found: list[dict[str, Any]] = self.fs.ls(self.path, detail=True, refresh=True)
+        return found
+
+    def _exists(self, path: str) -> bool:
+        # Other processes may have written or removed it since this one last listed its folder.
+        self.fs.invalidate_cache(path)
+        return bool(self.fs.exists(path))
+
+    def _sync(self) -> None:
+        """A rename is durable only once its folder is."""
+        if not self._local:
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def check_plain(name: str) -> None:
+    """Raises `ArtifactError` unless it names a file or folder, and no way to another."""
+    if not _PLAIN_NAME.fullmatch(name):
+        raise ArtifactError(f"{name!r} is not a plain name")
