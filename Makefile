@@ -4,25 +4,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-first test-second test-cluster check bench install
+.PHONY: demo test test-whole test-parts test-cluster check bench install
 
 # The main job on one machine, with embedded defaults: facts change in a running model.
 demo: $(INSTALLED)
 	$(BIN)/python -m deploy.demo $(if $(KEEP),--keep)
 
-# Two lanes, a thread each; in each the tests that start Ray come one after the other.
-FIRST_LANE := tests/e2e tests/faults tests/integration/test_training.py
+# Tests of the whole service beside those of its parts, a core and a thread each.
+WHOLE := tests/e2e tests/faults
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: $(INSTALLED)
-	$(MAKE) --no-print-directory --jobs 2 test-first test-second
+	$(MAKE) --no-print-directory --jobs 2 test-whole test-parts
 
-test-first: $(INSTALLED)
-	$(PYTEST) $(FIRST_LANE) --ignore=tests/faults/test_two_clusters.py | sed --unbuffered 's/^/first: /'
+test-whole: $(INSTALLED)
+	$(PYTEST) $(WHOLE) | sed --unbuffered 's/^/whole: /'
 
-test-second: $(INSTALLED)
-	$(PYTEST) $(addprefix --ignore=,$(FIRST_LANE) tests/cluster) | sed --unbuffered 's/^/second: /'
-	$(PYTEST) tests/faults/test_two_clusters.py | sed --unbuffered 's/^/second: /'
+test-parts: $(INSTALLED)
+	$(PYTEST) $(addprefix --ignore=,$(WHOLE) tests/cluster) | sed --unbuffered 's/^/parts: /'
 
 # A Ray cluster of machines in network namespaces: takes root, iproute2, redis-server, and a machine
 # that does nothing else meanwhile.
