@@ -7,6 +7,7 @@ ErrataError
 ├── Unavailable         cannot be served now; try again later          503
 │   └── VersionUnavailable  this replica cannot hold the version now   503
 ├── ConfigurationError  the service cannot start as configured         500
+│   └── NotYet              but may soon: what it needs is not there   500
 └── VersionRejected     a version failed verification                  409
 
 `service.api.problems` maps them to HTTP. All of them survive pickling.
@@ -51,6 +52,9 @@ class VersionUnavailable(Unavailable): ...
 
 
 class ConfigurationError(ErrataError): ...
+
+
+class NotYet(ConfigurationError): ...
 
 
 class VersionRejected(ErrataError): ...

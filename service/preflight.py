@@ -16,15 +16,15 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.build import require_build, source_digest
-from service.errors import ConfigurationError, ErrataError
+from service.errors import ConfigurationError, ErrataError, NotYet
 from service.settings import Settings
-from service.store.database import NotReached, parse_url, reach
+from service.store.database import parse_url, reach
 from workers import models
 from workers.errors import WorkersError
 from workers.folders import Folder
 
-DATABASE_S = 60.0
-"""A database that is being started is waited for so long."""
+NETWORK_S = 60.0
+"""A database, a version store and nodes that are not reached are waited for so long at most."""
 NODE_S = 60.0
 """A node that has not answered within this time is taken for unable to."""
 RETRY_S = 1.0
@@ -50,34 +50,32 @@ class Node:
 
 
 def require(settings: Settings) -> None:
-    """Raises a `ConfigurationError` that tells all that is wrong."""
-    wrong = [found.detail for found in examine(settings) if not found.passed]
-    if wrong:
-        raise ConfigurationError("; ".join(wrong))
+    """Raises a `ConfigurationError` that tells all that is wrong.
+
+    What may still come is waited for.
+    """
+    _require(examine(settings, settings.cluster_wait_s))
 
 
 def require_nodes(settings: Settings) -> None:
     """As `require`, of what each node of a cluster must have that only trains."""
-    nodes = alive_nodes()
-    if len(nodes) > 1:
-        _shared(settings, nodes)
-        _each_node(settings, nodes)
+    if len(alive_nodes()) > 1:
+        _require(_nodes(settings, NETWORK_S))
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
-    """Everything that can be known beforehand; of the Ray cluster too, if one is connected to."""
+def examine(settings: Settings, wait_s: float = 0.0) -> Iterator[Finding]:
+    """Everything that can be known beforehand; of the Ray cluster too, if one is connected to.
+
+    What is not there is waited for: GPUs for `wait_s`, the rest for at most `NETWORK_S` of it.
+    """
+    network_s = min(wait_s, NETWORK_S)
     yield _finding("model", lambda: str(models.check(models.resolve(settings.model_path)).path))
     if not ray.is_initialized():
-        yield _finding("database", lambda: _database(settings))
-        yield _finding("version_store", lambda: _store(settings))
+        yield _finding("database", lambda: _database(settings), network_s)
+        yield _finding("version_store", lambda: _store(settings), network_s)
         return
-    nodes = alive_nodes()
-    shared = _finding("settings", lambda: _shared(settings, nodes))
-    yield shared
-    if shared.passed:
-        yield _finding("database", lambda: _database(settings))
-        yield _finding("nodes", lambda: _each_node(settings, nodes))
-    yield _finding("gpus", lambda: _gpus(settings))
+    yield from _nodes(settings, network_s)
+    yield _finding("gpus", lambda: _gpus(settings), wait_s)
 
 
 def check_host(host: str, behind_proxy: bool) -> None:
@@ -125,11 +123,30 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _finding(about: str, look: Callable[[], str]) -> Finding:
-    try:
-        return Finding(about, True, look())
-    except (ErrataError, WorkersError) as error:
-        return Finding(about, False, str(error))
+def _require(findings: Iterator[Finding]) -> None:
+    wrong = [found.detail for found in findings if not found.passed]
+    if wrong:
+        raise ConfigurationError("; ".join(wrong))
+
+
+def _finding(about: str, look: Callable[[], str], wait_s: float = 0.0) -> Finding:
+    """Looks again, for so long, at what is not there yet."""
+    give_up = time.monotonic() + wait_s
+    while True:
+        try:
+            return Finding(about, True, look())
+        except (ErrataError, WorkersError) as error:
+            if not isinstance(error, NotYet) or time.monotonic() >= give_up:
+                return Finding(about, False, str(error))
+        time.sleep(RETRY_S)
+
+
+def _nodes(settings: Settings, wait_s: float) -> Iterator[Finding]:
+    shared = _finding("settings", lambda: _shared(settings, alive_nodes()))
+    yield shared
+    if shared.passed:
+        yield _finding("database", lambda: _database(settings), wait_s)
+        yield _finding("nodes", lambda: _each_node(settings, alive_nodes()), wait_s)
 
 
 def _shared(settings: Settings, nodes: list[Node]) -> str:
@@ -144,19 +161,11 @@ def _shared(settings: Settings, nodes: list[Node]) -> str:
 
 
 def _database(settings: Settings) -> str:
-    """Reached from here, in a while if it is being started."""
+    """Reached from here."""
     if settings.database_url is None:
         return "embedded, under the data directory"
-    give_up = time.monotonic() + DATABASE_S
-    while True:
-        try:
-            asyncio.run(reach(settings.database_url))
-        except NotReached:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(RETRY_S)
-        else:
-            return parse_url(settings.database_url).render_as_string(hide_password=True)
+    asyncio.run(reach(settings.database_url))
+    return parse_url(settings.database_url).render_as_string(hide_password=True)
 
 
 def _store(settings: Settings) -> str:
@@ -178,9 +187,10 @@ def _each_node(settings: Settings, nodes: list[Node]) -> str:
     asked = [
         (node, _on(node, _probe, settings, name, source_digest(), node.address)) for node in nodes
     ]
-    wrong = [str(error) for node, ref in asked if (error := _failure(node, ref, url))]
+    wrong = [error for node, ref in asked if (error := _failure(node, ref, url))]
     if wrong:
-        raise ConfigurationError("; ".join(wrong))
+        passing = all(isinstance(error, NotYet) for error in wrong)
+        raise (NotYet if passing else ConfigurationError)("; ".join(map(str, wrong)))
     Folder(url, PROBES).remove_folder(name)
     return f"{len(nodes)} of one build reach the database and {url}"
 
@@ -211,13 +221,15 @@ def _answer(node: Node, ref: ray.ObjectRef[Any], url: str) -> Any:
         return ray.get(ref, timeout=NODE_S)
     except GetTimeoutError as error:
         ray.cancel(ref, force=True)
-        raise ConfigurationError(
+        raise NotYet(
             f"node {node.address} did not answer within {NODE_S:g} s; does it reach the version "
             f"store {url} (ERRATA_VERSION_STORE)?"
         ) from error
     except RayError as error:
         cause = getattr(error, "cause", None) or error
-        raise ConfigurationError(f"node {node.address}: {cause}") from error
+        passing = isinstance(cause, NotYet) or not isinstance(cause, ErrataError)
+        kind = NotYet if passing else ConfigurationError
+        raise kind(f"node {node.address}: {cause}") from error
 
 
 def _write(url: str) -> str:
@@ -240,25 +252,22 @@ def _read(url: str, name: str) -> None:
         raise ConfigurationError(f"version_store: {url} gave back something else than was written")
 
 
-def _unreachable(url: str, how: str, error: Exception) -> ConfigurationError:
+def _unreachable(url: str, how: str, error: Exception) -> NotYet:
     """Stores of each kind have errors of their own."""
     reason = str(error).strip().splitlines() or ["no reason given"]
-    return ConfigurationError(
+    return NotYet(
         f"version_store: {url} cannot be {how} ({type(error).__name__}: {reason[0]}); set "
         "ERRATA_VERSION_STORE to a store that every node reaches, and its credentials beside it"
     )
 
 
 def _gpus(settings: Settings) -> str:
-    """Waits for nodes that are still joining."""
-    give_up = time.monotonic() + settings.cluster_wait_s
-    while settings.replica_gpus > (most := max(node.gpus for node in alive_nodes())):
-        if time.monotonic() > give_up:
-            raise ConfigurationError(
-                f"replica_gpus: a replica reserves {settings.replica_gpus:g} GPU, but after "
-                f"{settings.cluster_wait_s:g} s no node of the Ray cluster has any; add nodes with "
-                "GPUs (on Kubernetes: are the pods of the GPU worker group pending?), or set "
-                "ERRATA_REPLICA_GPUS=0 to compute on CPUs"
-            )
-        time.sleep(RETRY_S)
+    """Nodes may still be joining."""
+    if settings.replica_gpus > (most := max(node.gpus for node in alive_nodes())):
+        raise NotYet(
+            f"replica_gpus: a replica reserves {settings.replica_gpus:g} GPU, but no node of the "
+            "Ray cluster has any; add nodes with GPUs (on Kubernetes: are the pods of the GPU "
+            "worker group pending? ERRATA_CLUSTER_WAIT_S is how long they are waited for), or set "
+            "ERRATA_REPLICA_GPUS=0 to compute on CPUs"
+        )
     return f"{settings.replica_gpus:g} a replica, {most:g} on the node with most"

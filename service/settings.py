@@ -50,7 +50,8 @@ class Settings(BaseSettings):
     api_cpus: float = Field(default=0.0, ge=0)
     """CPUs that each Api, and the coordinator, reserves: above 0, none is on a head without any."""
     cluster_wait_s: float = Field(default=600.0, ge=0)
-    """How long a deployment waits for nodes with the GPUs that a replica needs."""
+    """How long a deployment waits for nodes with the GPUs that a replica needs; a minute of it at
+    most for a database, a version store and nodes that are not reached."""
     train_workers: int = Field(default=2, ge=1)
     """Training ranks, at most."""
     train_workers_min: int | None = Field(default=None, ge=1)

@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from service.errors import ConfigurationError, Unavailable
+from service.errors import ConfigurationError, NotYet, Unavailable
 
 _CONNECT = {
     "connect_timeout": "5",
@@ -145,19 +145,18 @@ def cannot_connect(url: URL, error: DBAPIError | psycopg.Error) -> Configuration
     )
 
 
-class NotReached(ConfigurationError):
-    """No server answers, or none that takes connections yet: it may be starting."""
-
-
 async def reach(url: str) -> None:
-    """Connects once; `ConfigurationError` with the reason if that fails, perhaps `NotReached`."""
+    """Connects once; `ConfigurationError` with the reason if that fails.
+
+    `NotYet` if no server answers, or none that takes connections: it may be starting.
+    """
     parsed = parse_url(url)
     try:
         async with await connect(parsed, CHECK_S) as conn:
             await conn.execute("SELECT 1")
     except psycopg.OperationalError as error:
         told = cannot_connect(parsed, error)
-        raise told if _is_refusal(error) else NotReached(str(told)) from error
+        raise told if _is_refusal(error) else NotYet(str(told)) from error
 
 
 def _is_refusal(error: psycopg.OperationalError) -> bool:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,13 @@ from ray.serve.exceptions import RayServeException
 from service import build, preflight
 from service.app import application, settings_from
 from service.build import require_build, source_digest
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, NotYet
 from service.preflight import Finding, check_host, check_shared, examine
 from service.settings import Settings
-from service.store.database import NotReached
 
 
 def settings(**values: object) -> Settings:
     return Settings.model_validate(values)
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "DATABASE_S", 0.0)
 
 
 def found(chosen: Settings) -> dict[str, Finding]:
@@ -37,13 +32,11 @@ def test_what_can_be_reached_passes(database_url: str, tmp_path: Path) -> None:
     assert list((store / "probes").iterdir()) == []
 
 
-def test_wrong_credentials_are_said_without_the_password(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A server that refuses is not waited for.
-    monkeypatch.setattr(preflight, "DATABASE_S", 600.0)
+def test_wrong_credentials_are_said_at_once_and_without_the_password(postgres_url: str) -> None:
     url = postgres_url.replace("postgres@", "nobody:s3cret@")
-    refused = found(settings(database_url=url))["database"]
+    began = time.monotonic()
+    [refused] = [one for one in examine(settings(database_url=url), 60) if one.about == "database"]
+    assert time.monotonic() < began + 30
     assert not refused.passed
     assert 'role "nobody" does not exist' in refused.detail
     assert "ERRATA_DATABASE_URL" in refused.detail
@@ -119,19 +112,23 @@ def test_another_build_is_refused_by_node(tmp_path: Path, monkeypatch: pytest.Mo
         source_digest.cache_clear()
 
 
-def test_a_server_that_is_not_there_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("wait_s", "passes"), [(60.0, True), (0.0, False)])
+def test_what_is_not_there_yet_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wait_s: float, passes: bool
+) -> None:
     asked: list[str] = []
 
     async def reach(url: str) -> None:
         asked.append(url)
         if len(asked) < 3:
-            raise NotReached("starting")
+            raise NotYet("it is starting")
 
-    monkeypatch.setattr(preflight, "DATABASE_S", 600.0)
     monkeypatch.setattr(preflight, "RETRY_S", 0.0)
     monkeypatch.setattr(preflight, "reach", reach)
-    assert found(settings(database_url="postgresql://errata@db/errata"))["database"].passed
-    assert len(asked) == 3
+    chosen = settings(database_url="postgresql://errata@db/errata", data_dir=tmp_path)
+    [waited] = [one for one in examine(chosen, wait_s) if one.about == "database"]
+    assert waited.passed is passes
+    assert len(asked) == (3 if passes else 1)
 
 
 def test_what_serve_is_told_is_the_message_alone() -> None:
