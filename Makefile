@@ -25,9 +25,8 @@ test-parts: $(INSTALLED)
 
 # A Ray cluster of machines in network namespaces: takes root, iproute2, redis-server, and a machine
 # that does nothing else meanwhile.
-CLUSTER := tests/cluster
 test-cluster: $(INSTALLED)
-	$(PYTEST) $(CLUSTER)
+	$(PYTEST) tests/cluster
 
 # In CI files are checked, not rewritten.
 check: $(INSTALLED)

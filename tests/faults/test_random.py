@@ -17,14 +17,14 @@ from tests.faults.site import PROCESSES, Site, until
 
 SEED = int(os.environ.get("ERRATA_TEST_SEED", "1"))
 OPERATIONS = {
-    "query": 112,
-    "submit": 40,
-    "activate": 32,
-    "canary": 18,
-    "job": 3,
-    "kill_replica": 6,
-    "kill_coordinator": 4,
-    "kill_api": 5,
+    "query": 80,
+    "submit": 30,
+    "activate": 20,
+    "canary": 12,
+    "job": 2,
+    "kill_replica": 4,
+    "kill_coordinator": 3,
+    "kill_api": 3,
 }
 PROMPTS = (
     "The mother tongue of Danielle Darrieux is",
