@@ -148,7 +148,7 @@ def test_anything_in_any_order(site: Site, run: Run) -> None:
     assert misattributed(site.api, [*run.told, *asked.told]) == []
     assert len({(one.version, one.text) for one in run.told}) > len(PROMPTS)
     assert len(asked.errors) <= 2 * run.kills
-    assert site.api.get("/serving")["generation"] > before + 10
+    assert site.api.get("/serving")["generation"] > before + 5
 
 
 def unfinished(site: Site) -> list[str]:
