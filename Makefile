@@ -40,7 +40,7 @@ bench: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# As in the images, but that modules are compiled once they are imported: most never are.
+# As in the images.
 $(INSTALLED): pyproject.toml constraints.txt docker/install.sh
-	PIP_COMPILE=0 PYTHON=$(PYTHON) VENV=$(VENV) docker/install.sh dev
+	PYTHON=$(PYTHON) VENV=$(VENV) docker/install.sh dev
 	touch $@
