@@ -60,7 +60,7 @@ def require(settings: Settings) -> None:
 def require_nodes(settings: Settings) -> None:
     """As `require`, of what each node of a cluster must have that only trains."""
     if len(alive_nodes()) > 1:
-        _require(_nodes(settings, NETWORK_S))
+        _require(_nodes(settings, min(settings.cluster_wait_s, NETWORK_S)))
 
 
 def examine(settings: Settings, wait_s: float = 0.0) -> Iterator[Finding]:
