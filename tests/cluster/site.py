@@ -20,7 +20,7 @@ from tests.cluster.postgres import Postgres
 from tests.cluster.redis import Redis
 from tests.cluster.rig import Machine, Network
 from tests.faults.object_store import BUCKET, ObjectStore
-from tests.faults.site import until
+from tests.faults.site import holding, until
 from tests.proxy import TcpProxy
 from workers.artifact import Manifest
 
@@ -203,13 +203,8 @@ class Site:
         except (ApiError, httpx.HTTPError, KeyError):
             return False
         [now, *_] = shown
-        holding = [
-            one
-            for one in now["replicas"]
-            if one["state"] == "ready" and now["version"] in {"v0", *one["resident"]}
-        ]
         return (
             now["staging"] is None
-            and {one["id"] for one in holding} == running.keys()
+            and holding(now) == running.keys()
             and len(running) == len(now["replicas"]) == len(apis) == len(self.workers)
         )

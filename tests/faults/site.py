@@ -50,6 +50,15 @@ def until(look: Callable[[], T | None], seconds: float = 90) -> T:
     return found
 
 
+def holding(now: JSON) -> set[str]:
+    """Ids of the replicas that serve and hold what is live, by what GET /serving answered."""
+    return {
+        one["id"]
+        for one in now["replicas"]
+        if one["state"] == "ready" and now["version"] in {"v0", *one["resident"]}
+    }
+
+
 class Site:
     """`service` is the present run; `database` and `store` are the proxies before the two."""
 
@@ -95,14 +104,9 @@ class Site:
             now = self.api.get("/serving")
         except ApiError:
             return False
-        holding = [
-            one
-            for one in now["replicas"]
-            if one["state"] == "ready" and now["version"] in {"v0", *one["resident"]}
-        ]
         return (
             now["staging"] is None
-            and len(holding) == len(now["replicas"]) == 2
+            and len(holding(now)) == len(now["replicas"]) == 2
             and all(len(self.service.actors(name)) == n for name, n in PROCESSES.items())
         )
 
