@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# The service is many processes that import the same modules: each is compiled once, by the first.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-whole test-parts test-cluster check bench install
 
 # The main job on one machine, with embedded defaults: facts change in a running model.
@@ -40,7 +43,7 @@ bench: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# As in the images.
+# As in the images, but that modules are compiled when they are first imported.
 $(INSTALLED): pyproject.toml constraints.txt docker/install.sh
-	PYTHON=$(PYTHON) VENV=$(VENV) docker/install.sh dev
+	PIP_COMPILE=0 PYTHON=$(PYTHON) VENV=$(VENV) docker/install.sh dev
 	touch $@

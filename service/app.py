@@ -7,7 +7,7 @@ import asyncio
 import gc
 import os
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import ray
@@ -32,7 +32,9 @@ from service.store import versions
 from service.store.database import Database
 from service.store.migrate import upgrade
 from workers import models
+from workers.contract import ProgressSink, TrainRequest, TrainResult
 from workers.errors import WorkersError
+from workers.formats import ChatTokenizer
 
 APP_NAME = "errata"
 
@@ -60,28 +62,43 @@ class Api:
 
 
 class CoordinatorProcess(Coordinator):
-    """The coordinator as a Serve deployment, given the replicas and the Ray Train driver."""
+    """The coordinator as a Serve deployment, given the replicas and the Ray Train driver.
+
+    What brings torch is imported for its first job: it begins to lead seconds earlier.
+    """
 
     def __init__(
         self, settings: Settings, database_url: str, base: BaseModel, replica: DeploymentHandle
     ) -> None:
-        # Imported in the process that trains: they bring torch with them.
-        from transformers import AutoTokenizer
-
-        from workers.job import train
-
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
         freeze()
         super().__init__(
             settings,
             database_url,
             base,
-            tokenizer,
+            partial(tokenizer, base.path),
             ServeInference(replica),
             partial(running_replicas, replica),
             train,
             ray.get_runtime_context().get_session_name(),
         )
+
+
+def train(request: TrainRequest, sink: ProgressSink) -> TrainResult:
+    """See `workers.job.train`."""
+    from workers.job import train
+
+    freeze()
+    return train(request, sink)
+
+
+@cache
+def tokenizer(path: str) -> ChatTokenizer:
+    """That of the model there."""
+    from transformers import AutoTokenizer
+
+    loaded: ChatTokenizer = AutoTokenizer.from_pretrained(path)
+    freeze()
+    return loaded
 
 
 def freeze() -> None:

@@ -95,7 +95,7 @@ async def coordinating(
             return {one.id for one in await replicas.seen(conn, settings.lease_s)} - ended
 
     coordinator = Coordinator(
-        settings, database_url, BASE, NoTemplate(), answers or Answers(), running, train
+        settings, database_url, BASE, NoTemplate, answers or Answers(), running, train
     )
     try:
         yield coordinator

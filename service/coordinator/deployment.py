@@ -32,8 +32,9 @@ FORGET_LEASES = 10
 class Coordinator:
     """While it leads, drives jobs one after the other and rollouts beside them.
 
-    Made in a running event loop. `tokenizer` is the base model's; `inference` is the replicas, to
-    examine versions with, `running` tells which of those in this Ray `cluster` run; `train` blocks.
+    Made in a running event loop. `tokenizer` loads the base model's; `inference` is the replicas,
+    to examine versions with, `running` tells which of those in this Ray `cluster` run; `train` and
+    `tokenizer` block and are called in a thread.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Coordinator:
         settings: Settings,
         database_url: str,
         base: BaseModel,
-        tokenizer: ChatTokenizer,
+        tokenizer: Callable[[], ChatTokenizer],
         inference: Inference,
         running: Running,
         train: Train,

@@ -71,7 +71,7 @@ def train_request(
 
 
 class Pipeline:
-    """Runs jobs; see `Training` for `train`."""
+    """Runs jobs; see `Coordinator` for what it is given."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Pipeline:
         database_url: str,
         settings: Settings,
         base: BaseModel,
-        tokenizer: ChatTokenizer,
+        tokenizer: Callable[[], ChatTokenizer],
         inference: Inference,
         train: Train,
     ) -> None:
@@ -147,9 +147,10 @@ class Pipeline:
     def _hparams(self, job: Job) -> Hparams:
         return presets.load(self._base.facts, self._settings.hparams, job.hparams)
 
-    def _renderings(self, job: Job) -> Renderings:
-        chosen = formats.chosen(self._hparams(job).formats, self._tokenizer)
-        return formats.renderings(chosen, self._tokenizer)
+    async def _renderings(self, job: Job) -> Renderings:
+        tokenizer = await asyncio.to_thread(self._tokenizer)
+        chosen = formats.chosen(self._hparams(job).formats, tokenizer)
+        return formats.renderings(chosen, tokenizer)
 
     async def _evaluate(self, job: Job) -> Job:
         started = time.monotonic()
@@ -164,7 +165,7 @@ class Pipeline:
             job.parent_id,
             [edit.record() for edit in claimed],
             [edit.record() for edit in before],
-            self._renderings(job),
+            await self._renderings(job),
         )
         async with self._database.transaction() as conn:
             await versions.publish(
