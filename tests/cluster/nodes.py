@@ -6,22 +6,19 @@ That is what Kubernetes does with the container of a Ray node. Knows nothing of 
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import httpx
 import psutil
 
 from tests.cluster.redis import PASSWORD
 from tests.cluster.rig import Machine
+from tests.dashboard import AUTHENTICATION, PROGRAMS
 from tests.service_process import command_line
 
 GCS_PORT = 6379
 DASHBOARD_PORT = 8265
-TOKEN = "errata-tests-cluster-token-of-no-use-elsewhere"
-PROGRAMS = Path(sys.executable).parent
 OBJECT_STORE_BYTES = 150_000_000
 
 PROMPT = {
@@ -51,8 +48,7 @@ class Node:
         self.environment = {
             **PROMPT,
             **LEAN,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": TOKEN,
+            **AUTHENTICATION,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(machine.directory),
             "TMPDIR": str(machine.directory),
@@ -112,24 +108,6 @@ class Node:
         """Those on this node whose command line begins with `title`."""
         every = self.machine.processes()
         return [one for one in every if "".join(command_line(one)[:1]).startswith(title)]
-
-
-class Dashboard:
-    """Of Ray, on `head`."""
-
-    def __init__(self, head: Node) -> None:
-        self._http = httpx.Client(
-            base_url=f"http://{head.address}:{DASHBOARD_PORT}",
-            headers={"Authorization": f"Bearer {TOKEN}"},
-            timeout=30,
-        )
-
-    def get(self, path: str) -> Any:
-        """What it answers; `httpx.HTTPError` if it does not."""
-        return self._http.get(path).raise_for_status().json()
-
-    def close(self) -> None:
-        self._http.close()
 
 
 def _as_head() -> list[str]:

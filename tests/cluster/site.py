@@ -15,17 +15,17 @@ import httpx
 import yaml
 
 from service.client import JSON, ApiError, Client, read_jsonl
-from tests.cluster.nodes import PROGRAMS, Dashboard, Node
+from tests.cluster.nodes import DASHBOARD_PORT, Node
 from tests.cluster.postgres import Postgres
 from tests.cluster.redis import Redis
 from tests.cluster.rig import Machine, Network
+from tests.dashboard import SERVE_CONFIG, Dashboard
 from tests.faults.object_store import BUCKET, ObjectStore
 from tests.faults.site import holding, until
 from tests.proxy import TcpProxy
 from workers.artifact import Manifest
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-SERVE_CONFIG = DEPLOY / "serve" / "serve.yaml"
 EDITS = read_jsonl(DEPLOY / "demo" / "edits.jsonl")[:10]
 ACTOR = "ray::ServeReplica:errata"
 """Their processes are titled so, and by their deployment."""
@@ -61,6 +61,7 @@ class Site:
     head: Node
     workers: tuple[Node, Node]
     store: TcpProxy
+    dashboard: Dashboard
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -100,9 +101,9 @@ class Site:
 
     def deploy(self) -> None:
         """The Serve config, as an operator does, once all nodes are there; until it is ready."""
-        until(lambda: self._alive() == len(self.nodes), 180)
-        self._apply(SERVE_CONFIG)
-        until(self._deployed, 240)
+        until(lambda: self.dashboard.nodes() == len(self.nodes), 180)
+        self.dashboard.deploy(SERVE_CONFIG)
+        until(self.dashboard.is_deployed, 240)
 
     def refused(self, args: JSON) -> str:
         """Why the Serve config with these `args` is not deployed."""
@@ -110,7 +111,7 @@ class Site:
         config["applications"][0]["args"] = args
         changed = self.directory / "serve.yaml"
         changed.write_text(yaml.safe_dump(config))
-        self._apply(changed)
+        self.dashboard.deploy(changed)
         now = until(lambda: self._ended_as("DEPLOY_FAILED"), 120)
         return str(now["message"])
 
@@ -127,12 +128,8 @@ class Site:
 
     def replicas(self, deployment: str = "Replica") -> dict[str, str]:
         """Address of the node of each running replica, by its id, as Serve has it."""
-        found = self.application()["deployments"][deployment]["replicas"]
+        found = self.dashboard.application()["deployments"][deployment]["replicas"]
         return {one["replica_id"]: one["node_ip"] for one in found if one["state"] == "RUNNING"}
-
-    def application(self) -> JSON:
-        shown: JSON = self._dashboard.get("/api/serve/applications/")
-        return dict(shown["applications"].get("errata", {}))
 
     def _start_stores(self, stack: ExitStack) -> None:
         host = self.network.host
@@ -144,9 +141,9 @@ class Site:
 
     def _start_nodes(self, stack: ExitStack) -> None:
         self.head = self._node(stack, "head")
-        self._dashboard = Dashboard(self.head)
-        stack.callback(self._dashboard.close)
-        until(lambda: self._alive() == 1, 180)
+        self.dashboard = Dashboard(f"http://{self.head.address}:{DASHBOARD_PORT}")
+        stack.callback(self.dashboard.close)
+        until(lambda: self.dashboard.nodes() == 1, 180)
         first, second = (
             self._node(stack, f"worker-{n}", cpus=CPUS, head=self.head.address) for n in (1, 2)
         )
@@ -169,28 +166,9 @@ class Site:
             "RAY_REDIS_ADDRESS": redis,
         }
 
-    def _alive(self) -> int:
-        """How many nodes Ray has."""
-        try:
-            shown = self._dashboard.get("/api/v0/nodes")
-        except httpx.HTTPError:
-            return 0
-        return sum(one["state"] == "ALIVE" for one in shown["data"]["result"]["result"])
-
-    def _apply(self, config: Path) -> None:
-        self.head.run(str(PROGRAMS / "serve"), "deploy", str(config))
-
     def _ended_as(self, status: str) -> JSON | None:
-        now = self.application()
+        now = self.dashboard.application()
         return now if now.get("status") == status else None
-
-    def _deployed(self) -> bool:
-        try:
-            now = self.application()
-        except httpx.HTTPError:
-            return False
-        assert now.get("status") != "DEPLOY_FAILED", now["message"]
-        return now.get("status") == "RUNNING"
 
     @property
     def is_whole(self) -> bool:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import pytest
 
 from service import build
-from tests.cluster.nodes import PROGRAMS, Node
+from tests.cluster.nodes import Node
 from tests.cluster.postgres import GUARDED
 from tests.cluster.site import EDITS, Site
+from tests.dashboard import PROGRAMS
 from tests.faults.site import until
 
 PROMPT = EDITS[0]["prompt"]
