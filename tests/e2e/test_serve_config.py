@@ -69,6 +69,7 @@ def dashboard(directory: Path, database_url: str) -> Iterator[Dashboard]:
     family = [first, *first.children(recursive=True)]
     for process in family:
         process.kill()
+    started.wait(30)
     psutil.wait_procs(family, timeout=30)
 
 
