@@ -4,6 +4,7 @@ That is what Kubernetes does with the container of a Ray node. Knows nothing of 
 """
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping
@@ -21,13 +22,9 @@ GCS_PORT = 6379
 DASHBOARD_PORT = 8265
 OBJECT_STORE_BYTES = 150_000_000
 
-PROMPT = {
-    # A node that does not answer is given up after some 12 s; by default it takes a minute.
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "4",
-}
+_SETTINGS = (Path(__file__).parents[2] / "k8s" / "base" / "settings.env").read_text()
+LOST = dict(re.findall(r"^(RAY_(?:health|grpc)\w+)=(.+)$", _SETTINGS, re.MULTILINE))
+"""When a node is given up; as on Kubernetes."""
 LEAN = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 """No worker processes before there is work for them."""
 
@@ -46,7 +43,7 @@ class Node:
     ) -> None:
         self.machine = machine
         self.environment = {
-            **PROMPT,
+            **LOST,
             **LEAN,
             **AUTHENTICATION,
             "RAY_USAGE_STATS_ENABLED": "0",

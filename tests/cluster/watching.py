@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ import httpx
 
 MAX_TOKENS = 4
 PAUSE_S = 0.1
-CONNECT_S, ANSWER_S = 2.0, 15.0
+CONNECT_S, ANSWER_S = 2.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,18 @@ class Watch:
             int(response.headers["X-Errata-Generation"]),
             response.json()["choices"][0]["text"],
         )
+
+
+@contextmanager
+def streaming(address: str, prompt: str, streams: int, max_tokens: int) -> Iterator[None]:
+    """So many answers by the proxy at `address` have begun, and are taken no further."""
+    body = {"model": "errata", "prompt": prompt, "max_tokens": max_tokens, "stream": True}
+    with ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(base_url=f"http://{address}:8000", timeout=30))
+        for _ in range(streams):
+            begun = stack.enter_context(client.stream("POST", "/v1/completions", json=body))
+            assert next(begun.iter_lines())
+        yield
 
 
 @contextmanager
