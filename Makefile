@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 # Tests of the whole service beside those of its parts, a core and a thread each.
 WHOLE := tests/e2e tests/faults
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20
 
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory --jobs 2 test-whole test-parts
