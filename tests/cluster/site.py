@@ -131,6 +131,11 @@ class Site:
         found = self.dashboard.application()["deployments"][deployment]["replicas"]
         return {one["replica_id"]: one["node_ip"] for one in found if one["state"] == "RUNNING"}
 
+    def proxies(self) -> list[Node]:
+        """Nodes with a proxy: the head, and where Serve has replicas."""
+        homes = {home for one in ("Replica", "Api") for home in self.replicas(one).values()}
+        return [node for node in self.nodes if node is self.head or node.address in homes]
+
     def _start_stores(self, stack: ExitStack) -> None:
         host = self.network.host
         self.postgres = stack.enter_context(Postgres(self.directory, host, self.network.range))
@@ -175,9 +180,7 @@ class Site:
         """Each node with a proxy answers, no rollout runs, all replicas hold what is live."""
         try:
             running, apis = self.replicas(), self.replicas("Api")
-            # Serve has proxies on the head and where it has replicas.
-            homes = {self.head.address, *running.values(), *apis.values()}
-            shown = [self._clients[address].get("/serving") for address in homes]
+            shown = [self.api(node).get("/serving") for node in self.proxies()]
         except (ApiError, httpx.HTTPError, KeyError):
             return False
         [now, *_] = shown

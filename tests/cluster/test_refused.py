@@ -16,18 +16,19 @@ ELSE_AS_BEFORE = {"cluster_wait_s": 5}
 """Serve looks at a config only if it differs from that of what runs."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _deployed_after(site: Site) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def proxies(site: Site) -> Iterator[list[Node]]:
     """Serve does not list what runs of a service whose last config was refused."""
-    yield
+    until(lambda: site.is_whole)
+    yield site.proxies()
     site.deploy()
     until(lambda: site.is_whole)
 
 
 @pytest.fixture(autouse=True)
-def _answers(site: Site) -> Iterator[None]:
+def _answers(site: Site, proxies: list[Node]) -> Iterator[None]:
     yield
-    for node in site.nodes:
+    for node in proxies:
         assert site.api(node).ask(PROMPT, max_tokens=1)
 
 
