@@ -174,7 +174,7 @@ def test_replicas_that_answer_a_node_outlive_it(site: Site) -> None:
     [answering] = (replica for replica, on in site.replicas().items() if on == other.address)
     with watching([other.address], PROMPT) as watch:
         watch.wait_for(other.address)
-        with streaming(lost.address, PROMPT, streams=8, max_tokens=400), cut_off(lost.machine):
+        with streaming(lost.address, PROMPT, streams=16, max_tokens=400), cut_off(lost.machine):
             cut_at = time.monotonic()
             until(lambda: [*site.replicas().values()] == [other.address] * 2)
             watch.wait_for(other.address)
