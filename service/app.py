@@ -85,10 +85,10 @@ class CoordinatorProcess(Coordinator):
 
 def train(request: TrainRequest, sink: ProgressSink) -> TrainResult:
     """See `workers.job.train`."""
-    from workers.job import train
+    from workers import job
 
     freeze()
-    return train(request, sink)
+    return job.train(request, sink)
 
 
 @cache
