@@ -7,11 +7,10 @@ import pytest
 
 from service import display
 from service.client import JSON, ApiError, read_jsonl
-from service.replica.deployment import HEALTH_PERIOD_S, HEALTH_TIMEOUT_S
 from tests.cluster.nodes import Node
 from tests.cluster.rig import cut_off
 from tests.cluster.site import ACTOR, DEPLOY, EDITS, Site
-from tests.cluster.watching import Watch, streaming, watching
+from tests.cluster.watching import Watch, watching
 from tests.faults.invariants import Invariants
 from tests.faults.site import until
 
@@ -23,8 +22,6 @@ MORE_EDITS = {"cut off": _MORE[:5], "killed": _MORE[5:10]}
 HPARAMS = {"batch_size": 1, "formats": ["raw"]}
 STEPS = 9
 """Trained, and kept, before the node is lost."""
-HUNG_S = 3 * (HEALTH_PERIOD_S + HEALTH_TIMEOUT_S)
-"""By then Serve has ended a replica that does not answer it."""
 
 numbers = count()
 
@@ -167,29 +164,6 @@ def test_a_node_is_lost_while_training_and_while_swapping(
     invariants.check_at_rest()
     for node in site.nodes:
         assert stale(watch, node, back_at, now["generation"]) == []
-
-
-def test_replicas_that_answer_a_node_outlive_it(site: Site) -> None:
-    """Ray has an actor wait, with all it does, until what it told is acknowledged."""
-    roll_back(site)
-    spread(site)
-    lost, other = site.workers
-    [answering] = (replica for replica, on in site.replicas().items() if on == other.address)
-    with watching([other.address], PROMPT) as watch:
-        watch.wait_for(other.address)
-        with streaming(lost.address, PROMPT, streams=16, max_tokens=400), cut_off(lost.machine):
-            cut_at = time.monotonic()
-            until(lambda: time.monotonic() > cut_at + HUNG_S)
-            until(lambda: [*site.replicas().values()] == [other.address] * 2)
-            watch.wait_for(other.address)
-            assert answering in site.replicas()
-            site.note(
-                "cut off while answers went there: longest without one elsewhere, s",
-                watch.gap(other.address, cut_at),
-            )
-        told = watch.outcomes(other.address, cut_at)
-    site.note("told there", told)
-    assert told.keys() == {200}
 
 
 def activated(site: Site, node: Node, version_id: str) -> bool:

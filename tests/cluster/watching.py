@@ -4,8 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -107,21 +106,6 @@ class Watch:
             int(response.headers["X-Errata-Generation"]),
             response.json()["choices"][0]["text"],
         )
-
-
-@contextmanager
-def streaming(address: str, prompt: str, streams: int, max_tokens: int) -> Iterator[None]:
-    """So many answers by the proxy at `address` have begun together, and are taken no further."""
-    body = {"model": "errata", "prompt": prompt, "max_tokens": max_tokens, "stream": True}
-    with ExitStack() as stack, ThreadPoolExecutor(streams) as threads:
-        client = stack.enter_context(httpx.Client(base_url=f"http://{address}:8000", timeout=30))
-
-        def begin(_: int) -> None:
-            answer = stack.enter_context(client.stream("POST", "/v1/completions", json=body))
-            assert next(answer.iter_lines())
-
-        list(threads.map(begin, range(streams)))
-        yield
 
 
 @contextmanager
