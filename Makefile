@@ -13,9 +13,10 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(INSTALLED)
 	$(BIN)/python -m deploy.demo $(if $(KEEP),--keep)
 
-# Tests of the whole service beside those of its parts, a core and a thread each.
+# Tests of the whole service beside those of its parts, a core and a thread each. Ray's workers would
+# give way to whatever else runs: here that is the other tests.
 WHOLE := tests/e2e tests/faults
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20
+PYTEST := RAY_worker_niceness=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20
 
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory --jobs 2 test-whole test-parts

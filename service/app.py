@@ -35,6 +35,7 @@ from workers import models
 from workers.contract import ProgressSink, TrainRequest, TrainResult
 from workers.errors import WorkersError
 from workers.formats import ChatTokenizer
+from workers.imports import leave_out_unused
 
 APP_NAME = "errata"
 
@@ -94,6 +95,7 @@ def train(request: TrainRequest, sink: ProgressSink) -> TrainResult:
 @cache
 def tokenizer(path: str) -> ChatTokenizer:
     """That of the model there."""
+    leave_out_unused()
     from transformers import AutoTokenizer
 
     loaded: ChatTokenizer = AutoTokenizer.from_pretrained(path)

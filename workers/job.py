@@ -5,6 +5,7 @@ returns. Everything it needs to be resumed is there.
 """
 
 import logging
+import os
 import shutil
 import time
 from typing import Any, NoReturn
@@ -106,6 +107,8 @@ def _free_reservations() -> None:
 
 def _trainer(request: TrainRequest, progress: ProgressSink | None, runs: Folder) -> TorchTrainer:
     """`runs` is where Ray Train keeps what it knows of its runs."""
+    # Ranks that are taken away are started again like any that die: no process looks out for it.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     fewest = min(request.min_workers or request.workers, request.workers)
     workers = request.workers if fewest == request.workers else (fewest, request.workers)
     return TorchTrainer(

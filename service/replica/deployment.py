@@ -28,6 +28,7 @@ from service.replica.membership import Fenced, Membership
 from service.replica.router import RESIDENT, VersionRouter
 from service.settings import Settings
 from service.store.database import Database
+from workers.imports import leave_out_unused
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class Replica:
 
 def load_engine(settings: Settings, base_fingerprint: str) -> Engine:
     """Raises `ConfigurationError` if this node's copy of the base model is not the service's."""
+    leave_out_unused()
     import torch
 
     from service.replica.generation import Sizes

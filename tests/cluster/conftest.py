@@ -59,4 +59,4 @@ def whole(site: Site) -> Iterator[None]:
     until(lambda: site.is_whole)
     yield
     site.store.release()
-    until(lambda: site.is_whole, 180)
+    until(lambda: site.is_whole)

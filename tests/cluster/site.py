@@ -101,9 +101,9 @@ class Site:
 
     def deploy(self) -> None:
         """The Serve config, as an operator does, once all nodes are there; until it is ready."""
-        until(lambda: self.dashboard.nodes() == len(self.nodes), 180)
+        until(lambda: self.dashboard.nodes() == len(self.nodes))
         self.dashboard.deploy(SERVE_CONFIG)
-        until(self.dashboard.is_deployed, 240)
+        until(self.dashboard.is_deployed)
 
     def refused(self, args: JSON) -> str:
         """Why the Serve config with these `args` is not deployed."""
@@ -112,7 +112,7 @@ class Site:
         changed = self.directory / "serve.yaml"
         changed.write_text(yaml.safe_dump(config))
         self.dashboard.deploy(changed)
-        now = until(lambda: self._ended_as("DEPLOY_FAILED"), 120)
+        now = until(lambda: self._ended_as("DEPLOY_FAILED"))
         return str(now["message"])
 
     def node(self, address: str) -> Node:
@@ -148,7 +148,7 @@ class Site:
         self.head = self._node(stack, "head")
         self.dashboard = Dashboard(f"http://{self.head.address}:{DASHBOARD_PORT}")
         stack.callback(self.dashboard.close)
-        until(lambda: self.dashboard.nodes() == 1, 180)
+        until(lambda: self.dashboard.nodes() == 1)
         first, second = (
             self._node(stack, f"worker-{n}", cpus=CPUS, head=self.head.address) for n in (1, 2)
         )

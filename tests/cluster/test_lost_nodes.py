@@ -129,7 +129,7 @@ def test_a_node_is_lost_while_training_and_while_swapping(
     edits = MORE_EDITS[how]
     ids = {answer["id"] for answer in api.submit(edits)}
     job = api.post("/jobs", {"edit_ids": sorted(ids), "hparams": HPARAMS})
-    until(lambda: steps(api.get(f"/jobs/{job['id']}")) > STEPS, 240)
+    until(lambda: steps(api.get(f"/jobs/{job['id']}")) > STEPS)
 
     with watching([node.address for node in site.nodes], PROMPT) as watch:
         for node in site.nodes:
@@ -150,7 +150,7 @@ def test_a_node_is_lost_while_training_and_while_swapping(
         back_at = time.monotonic()
         ended = display.watch(api, job["id"], quiet=True)
         site.note(f"{how}: the job done after its return, s", time.monotonic() - back_at)
-        until(lambda: site.is_whole, 180)
+        until(lambda: site.is_whole)
         for node in site.nodes:
             gap, told = watch.gap(node.address, lost_at), watch.outcomes(node.address, lost_at)
             site.note(f"{how}: longest without an answer at {node.address}, s", gap)

@@ -41,7 +41,7 @@ PROCESSES = {"Replica": 2, "Api": 2, "Coordinator": 1}
 T = TypeVar("T")
 
 
-def until(look: Callable[[], T | None], seconds: float = 90) -> T:
+def until(look: Callable[[], T | None], seconds: float = 300) -> T:
     """What `look` finds, once it finds something that is true."""
     deadline = time.monotonic() + seconds
     while not (found := look()):

@@ -143,7 +143,7 @@ def test_anything_in_any_order(site: Site, run: Run) -> None:
     with asking(site.api, PROMPTS[0]) as asked:
         run.all()
     print(f"{run.kills} kills, {len(asked.told)} answers beside the operations")
-    until(lambda: site.is_whole and not unfinished(site), 300)
+    until(lambda: site.is_whole and not unfinished(site), 600)
     run.invariants.check_at_rest()
     assert misattributed(site.api, [*run.told, *asked.told]) == []
     assert len({(one.version, one.text) for one in run.told}) > len(PROMPTS)

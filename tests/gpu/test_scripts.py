@@ -16,10 +16,12 @@ SPEED = "--shape tiny --edits 12 --batch-size 6 --epochs 2 --layer 3 --device cp
 SEVENTY_TWO = "--scale 0.016 --layers 5 --edits 8 --batch-size 4 --epochs 2 --device cpu"
 
 # Runs modules as `python -m` does, one after the other, where there is no Ray, which they do not
-# need; nor scikit-learn and torch's compiler, which take as long to import as all else.
+# need; nor what takes long to import and is not used.
 RUN = """
 import os, runpy, sys
-sys.modules["ray"] = sys.modules["sklearn"] = None
+from workers.imports import leave_out_unused
+leave_out_unused()
+sys.modules["ray"] = None
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 for command in sys.argv[1:]:
     module, *sys.argv[1:] = command.split()

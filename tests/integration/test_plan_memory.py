@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import Qwen2Config
 from workers import frozen_prefix, models, zero3
 from workers.contract import DType, Hparams
 from workers.examples import Example
+from workers.imports import leave_out_unused
 from workers.plan import Cluster, Plan, Work, plan
 from workers.plan_memory import CONTEXT_BYTES
 
@@ -76,8 +76,7 @@ def measured(
 
 def rank_main(rank: int, folder: Path, facts: models.ModelFacts) -> None:
     torch.set_num_threads(1)
-    # Not needed, and as long to import as all else.
-    sys.modules["sklearn"] = None  # type: ignore[assignment]
+    leave_out_unused()
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     warnings.filterwarnings("ignore")
     os.environ.update(LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")

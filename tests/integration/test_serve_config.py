@@ -76,7 +76,7 @@ def dashboard(directory: Path, database_url: str) -> Iterator[Dashboard]:
 def test_it_is_deployed_as_it_is(dashboard: Dashboard) -> None:
     until(dashboard.nodes)
     dashboard.deploy(SERVE_CONFIG)
-    until(dashboard.is_deployed, 240)
+    until(dashboard.is_deployed)
     with closing(Client(URL)) as api:
         assert api.get("/readyz")
         text, version = api.ask(FACT["prompt"], max_tokens=MAX_NEW_TOKENS, stop=STOP)
