@@ -119,7 +119,7 @@ async def start_job(store: Database, *, activate: bool = True, **options: Any) -
 
 
 async def until(found: Callable[[], Awaitable[T | None]]) -> T:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (value := await found()) is None:
             await asyncio.sleep(0.02)
         return value

@@ -16,6 +16,7 @@ from service.settings import Settings
 from service.store import edits, gates, jobs, replicas, serving, versions
 from service.store.database import Database
 from service.versions import Canary, GateFinding, Serving, VersionState
+from tests.backends import END_LOCK_HOLDERS
 from tests.coordinating import (
     EDITS,
     acknowledge_staging,
@@ -176,9 +177,7 @@ async def test_two_that_both_believe_they_lead_commit_once(
     async with coordinating(store, database_url, settings) as first:
         await led(store)
         async with store.transaction() as conn:
-            await conn.execute(
-                text("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
-            )
+            await conn.execute(END_LOCK_HOLDERS)
         async with coordinating(store, database_url, settings):
             await request(store, "v1")
             await acknowledge_staging(store)

@@ -21,7 +21,7 @@ OPERATIONS = {
     "submit": 40,
     "activate": 32,
     "canary": 18,
-    "job": 3,
+    "job": 2,
     "kill_replica": 6,
     "kill_coordinator": 4,
     "kill_api": 5,

@@ -113,7 +113,7 @@ async def test_the_servers_death_is_outlived(server: EmbeddedPostgres, directory
     async with database.transaction() as conn:
         assert await edits.page(conn) == ([], None)
         await conn.execute(text("UPDATE serving SET generation = 7"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await admission.resolve("errata")).generation != 7:
             await asyncio.sleep(0.01)
     await admission.stop()

@@ -17,6 +17,7 @@ from service.settings import Settings
 from service.store import jobs, trainers, versions
 from service.store.database import Database
 from service.store.progress import DatabaseProgress
+from tests.backends import END_LOCK_HOLDERS
 from tests.coordinating import (
     BASE,
     acknowledge_staging,
@@ -312,9 +313,7 @@ async def take(store: Database, job: Job, trainer_id: str) -> Job:
 async def cut_off(store: Database) -> None:
     """The server ends the connection that holds the lead."""
     async with store.transaction() as conn:
-        await conn.execute(
-            text("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
-        )
+        await conn.execute(END_LOCK_HOLDERS)
 
 
 async def led(store: Database) -> None:
