@@ -14,6 +14,7 @@ import ray
 from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -27,6 +28,7 @@ from service.metrics import exporters
 from service.replica.client import ServeInference
 from service.replica.deployment import HEALTH_PERIOD_S, HEALTH_TIMEOUT_S, replicas
 from service.replica.running import http_host, running_replicas
+from service.routing import ApiRouter
 from service.settings import Settings, problems
 from service.store import versions
 from service.store.database import Database
@@ -128,6 +130,7 @@ def build_app(settings: Settings, database_url: str, base: BaseModel) -> serve.A
         ray_actor_options=light,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
+        request_router_config=RequestRouterConfig(request_router_class=ApiRouter),
     )
     inference = replicas(settings, database_url, base.fingerprint, source_digest())
     return api.bind(

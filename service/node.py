@@ -118,6 +118,8 @@ def database(settings: Settings) -> Iterator[str]:
 def ray_cluster(settings: Settings) -> Iterator[None]:
     """A Ray of our own on loopback, or the one that `RAY_ADDRESS` names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # As everywhere: see `ServeInference`.
+    os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
     import ray
 
     log.info("starting Ray")

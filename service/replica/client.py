@@ -10,7 +10,8 @@ from contextlib import aclosing
 from contextvars import Context
 from typing import Any
 
-from ray.exceptions import RayActorError, WorkerCrashedError
+from grpc import RpcError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -52,7 +53,10 @@ class ServeInference:
     def __init__(
         self, handle: DeploymentHandle, answer_s: float = ANSWER_S, piece_s: float = PIECE_S
     ) -> None:
-        self._handle = handle
+        # By gRPC: a replica that answers by Ray's own calls waits, with all it does, until what it
+        # sent is acknowledged, and a node that was cut off acknowledges nothing. Streams, as the
+        # router is told of any other call only when it was answered.
+        self._calls = handle.options(stream=True, _by_reference=False)
         self._answer_s = answer_s
         self._piece_s = piece_s
 
@@ -62,7 +66,11 @@ class ServeInference:
         with metrics.query(request.version_id):
             while True:
                 try:
-                    return await self._complete_once(request, attempts.tried, until)
+                    call = self._calls.complete.remote
+                    told = _told(call, request, attempts.tried, until, self._answer_s)
+                    completion: Completion
+                    [completion] = [one async for one in told]
+                    return completion
                 except (Refused, ReplicaDied) as error:
                     attempts.failed(error)
 
@@ -73,7 +81,9 @@ class ServeInference:
         with metrics.query(request.version_id):
             while True:
                 try:
-                    async with aclosing(self._stream_once(request, attempts.tried, until)) as told:
+                    call = self._calls.stream.remote
+                    told = _told(call, request, attempts.tried, until, self._piece_s)
+                    async with aclosing(told):
                         async for chunk in told:
                             begun = True
                             yield chunk
@@ -82,37 +92,6 @@ class ServeInference:
                     if begun:
                         raise
                     attempts.failed(error)
-
-    async def _complete_once(
-        self, request: CompletionRequest, tried: frozenset[str], until: float
-    ) -> Completion:
-        response = _detached(self._handle.complete.remote, request, tried)
-        done = False
-        try:
-            completion: Completion = await _value(response, until, self._answer_s)
-            done = True
-            return completion
-        finally:
-            if not done:
-                response.cancel()
-
-    async def _stream_once(
-        self, request: CompletionRequest, tried: frozenset[str], until: float
-    ) -> AsyncGenerator[Chunk]:
-        response = _detached(self._handle.options(stream=True).stream.remote, request, tried)
-        done = False
-        try:
-            while True:
-                try:
-                    chunk = await _value(anext(response), until, self._piece_s)
-                except StopAsyncIteration:
-                    done = True
-                    return
-                yield chunk
-                until = _now() + self._piece_s
-        finally:
-            if not done:
-                response.cancel()
 
 
 class Attempts:
@@ -142,9 +121,25 @@ class Attempts:
         metrics.retried("refused")
 
 
-def _detached(call: Any, *arguments: Any) -> Any:
-    """Serve tells the calls that one HTTP request makes apart only if they know nothing of it."""
-    return Context().run(call, *arguments)
+async def _told(
+    call: Any, request: CompletionRequest, tried: frozenset[str], until: float, wait_s: float
+) -> AsyncGenerator[Any]:
+    """What a replica tells, piece by piece: the first one by `until`, each next one in `wait_s`."""
+    # Serve tells the calls that one HTTP request makes apart only if they know nothing of it.
+    response = Context().run(call, request, tried)
+    done = False
+    try:
+        while True:
+            try:
+                value = await _value(anext(response), until, wait_s)
+            except StopAsyncIteration:
+                done = True
+                return
+            yield value
+            until = _now() + wait_s
+    finally:
+        if not done:
+            response.cancel()
 
 
 def _now() -> float:
@@ -161,7 +156,12 @@ async def _value(awaitable: Any, until: float, waited_s: float) -> Any:
             f"No replica answered within {waited_s:g} s. One may still be starting, or all have "
             "too much to do: try again soon. If it goes on, raise replicas_min or replicas_max."
         ) from error
-    except (RayActorError, WorkerCrashedError) as error:
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ReplicaDied("The replica that was answering was lost. Try again.") from error
+    except (RayActorError, RpcError) as error:
         raise ReplicaDied("The replica that was answering ended. Try again.") from error
     except RayServeException as error:
         raise Unavailable(f"No replica can take the request: {error}. Try again.") from error

@@ -25,7 +25,7 @@ from service.replica.fetching import Fetcher
 from service.replica.local import LocalInference
 from service.replica.measured import MeasuredSource
 from service.replica.membership import Fenced, Membership
-from service.replica.router import RESIDENT, VersionRouter
+from service.routing import RESIDENT, VersionRouter
 from service.settings import Settings
 from service.store.database import Database
 from workers.imports import leave_out_unused
@@ -73,18 +73,18 @@ class Replica:
 
     async def complete(
         self, request: CompletionRequest, tried: frozenset[str]
-    ) -> Completion | ErrataError:
-        """An error on purpose is returned: Serve would log each one raised, with its traceback.
+    ) -> AsyncIterator[Completion | ErrataError]:
+        """One item. An error on purpose is one: Serve would log it if raised, with its traceback.
 
         `tried`: ids of the replicas that have refused this request.
         """
         try:
             self._require_serving(request, tried)
-            return await self._inference.complete(request)
+            yield await self._inference.complete(request)
         except Unavailable as error:
-            return Refused.by(self._id, error)
+            yield Refused.by(self._id, error)
         except ErrataError as error:
-            return error
+            yield error
 
     async def stream(
         self, request: CompletionRequest, tried: frozenset[str]

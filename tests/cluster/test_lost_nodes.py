@@ -166,6 +166,39 @@ def test_a_node_is_lost_while_training_and_while_swapping(
         assert stale(watch, node, back_at, now["generation"]) == []
 
 
+def test_who_was_answering_a_node_that_is_cut_off_goes_on(site: Site) -> None:
+    """Its replica has answers under way for the other node's clients, all the time, when it goes."""
+    spread(site)
+    stays = is_on(site, "Coordinator")
+    [lost] = set(site.workers) - {stays}
+    elsewhere = [stays.address, site.head.address]
+    before = replicas_on(site, stays)
+
+    with watching(elsewhere, PROMPT) as watch, watching([lost.address] * 8, PROMPT, 0) as others:
+        others.wait_for(lost.address, 100)
+        with cut_off(lost.machine):
+            cut_at = time.monotonic()
+            until(lambda: not replicas_on(site, lost))
+            site.note("cut off while asking: its replica given up, s", time.monotonic() - cut_at)
+            until(lambda: len(site.replicas()) == len(site.workers))
+            site.note("replaced, s", time.monotonic() - cut_at)
+            for address in elsewhere:
+                watch.wait_for(address)
+        until(lambda: site.is_whole)
+        told = {address: watch.outcomes(address, cut_at) for address in elsewhere}
+        for address in elsewhere:
+            site.note(f"longest without an answer at {address}, s", watch.gap(address, cut_at))
+            site.note("  told there", dict(told[address]))
+    assert before <= replicas_on(site, stays)
+    assert all(statuses.keys() == {200} for statuses in told.values())
+
+
+def replicas_on(site: Site, node: Node) -> set[str]:
+    """Ids of the replicas and Apis that run there."""
+    found = {**site.replicas(), **site.replicas("Api")}
+    return {one for one, home in found.items() if home == node.address}
+
+
 def activated(site: Site, node: Node, version_id: str) -> bool:
     try:
         site.api(node).post(f"/versions/{version_id}/activate", {})

@@ -30,10 +30,11 @@ class Answer:
 
 
 class Watch:
-    """Asks `prompt` of each of `addresses`, by a thread each."""
+    """Asks `prompt` of each of `addresses`, by a thread each, with a pause between two queries."""
 
-    def __init__(self, addresses: Sequence[str], prompt: str) -> None:
+    def __init__(self, addresses: Sequence[str], prompt: str, pause_s: float = PAUSE_S) -> None:
         self._prompt = prompt
+        self._pause_s = pause_s
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._ask_on, args=(one,)) for one in addresses]
         self.told: list[Answer] = []
@@ -80,7 +81,7 @@ class Watch:
             # A connection a query: one that a cut has broken must not hold the next ones up.
             limits=httpx.Limits(max_keepalive_connections=0),
         ) as client:
-            while not self._stop.wait(PAUSE_S):
+            while not self._stop.wait(self._pause_s):
                 self.told.append(self._ask(client, address))
 
     def _ask(self, client: httpx.Client, address: str) -> Answer:
@@ -109,9 +110,9 @@ class Watch:
 
 
 @contextmanager
-def watching(addresses: Sequence[str], prompt: str) -> Iterator[Watch]:
+def watching(addresses: Sequence[str], prompt: str, pause_s: float = PAUSE_S) -> Iterator[Watch]:
     """Clients at work for as long as the block lasts."""
-    watch = Watch(addresses, prompt)
+    watch = Watch(addresses, prompt, pause_s)
     watch.start()
     try:
         yield watch

@@ -1,14 +1,16 @@
-"""Which replicas the router puts forward, and in which order."""
+"""Which replicas the router puts forward, in which order, and what it ends of one that is lost."""
 
 import asyncio
 from collections.abc import Sequence
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import PendingRequest, ReplicaID
 
+from service import routing
 from service.inference import CompletionRequest
-from service.replica.router import RESIDENT, VersionRouter
+from service.routing import RESIDENT, VersionRouter
 
 pytestmark = pytest.mark.anyio
 
@@ -23,8 +25,13 @@ class Listed:
     def __init__(self, name: str, *resident: str) -> None:
         self.replica_id = ReplicaID(name, DEPLOYMENT)
         self.routing_stats = {RESIDENT: list(resident)} if resident else {}
+        self.probed: asyncio.Queue[None] = asyncio.Queue()
+        self.fails: Exception | None = None
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
+        self.probed.put_nowait(None)
+        if self.fails:
+            raise self.fails
         return 0
 
 
@@ -33,6 +40,11 @@ def router() -> VersionRouter:
     made = VersionRouter(DEPLOYMENT, DeploymentHandleSource.UNKNOWN)
     made.initialize_state()
     return made
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "PROBE_S", 0.01)
 
 
 async def ranks(router: VersionRouter, replicas: Sequence[Listed], *tried: str) -> list[set[str]]:
@@ -77,3 +89,47 @@ async def test_the_dead_do_not_come_back(router: VersionRouter) -> None:
     router.update_replicas([dead, alive])
     assert [*router.curr_replicas.values()] == [alive]
     await asyncio.sleep(0)
+
+
+async def given(router: VersionRouter, replica: Listed) -> asyncio.Future[str]:
+    """What `replica` has accepted and not answered, when Serve lists it no more."""
+    answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    router.update_replicas([replica])
+    await replica.probed.get()
+    router.on_request_routed(PendingRequest([], {}, None), replica.replica_id, answer)
+    router.update_replicas([])
+    return answer
+
+
+async def test_what_a_lost_one_was_given_is_ended(router: VersionRouter, often: None) -> None:
+    lost = Listed("lost")
+    lost.fails = ActorUnavailableError("not reached", None)
+    answer = await given(router, lost)
+    for _ in range(3):
+        await lost.probed.get()
+    assert not answer.done()
+    lost.fails = ActorDiedError()
+    with pytest.raises(asyncio.CancelledError):
+        await answer
+
+
+async def test_one_that_drains_answers_what_it_was_given(
+    router: VersionRouter, often: None
+) -> None:
+    draining = Listed("draining")
+    answer = await given(router, draining)
+    for _ in range(3):
+        await draining.probed.get()
+    assert not answer.done()
+    answer.set_result("Paris")
+    [following] = router._following
+    await following
+
+
+async def test_what_one_found_dead_was_given_is_ended_at_once(router: VersionRouter) -> None:
+    dead = Listed("dead")
+    answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    router.update_replicas([dead])
+    router.on_request_routed(PendingRequest([], {}, None), dead.replica_id, answer)
+    router.on_replica_actor_died(dead.replica_id)
+    assert answer.cancelled()
