@@ -167,7 +167,7 @@ def test_a_node_is_lost_while_training_and_while_swapping(
 
 
 def test_who_was_answering_a_node_that_is_cut_off_goes_on(site: Site) -> None:
-    """Its replica has answers under way for the other node's clients, all the time, when it goes."""
+    """Its replica always has answers under way for clients of the node that goes."""
     spread(site)
     stays = is_on(site, "Coordinator")
     [lost] = set(site.workers) - {stays}
