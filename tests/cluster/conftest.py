@@ -44,6 +44,8 @@ def site() -> Iterator[Site]:
 @pytest.fixture(scope="package")
 def trained(site: Site) -> JSON:
     """A finished job over `EDITS`, whose version is live, trained by a rank on each worker."""
+    until(lambda: site.is_whole)
+    site.spread()  # Two ranks go to one node, if it is that free.
     api = site.api(site.head)
     ids = [answer["id"] for answer in api.submit(EDITS)]
     job = api.post("/jobs", {"edit_ids": ids, "hparams": {"formats": ["raw"]}})

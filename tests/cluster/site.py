@@ -131,6 +131,19 @@ class Site:
         found = self.dashboard.application()["deployments"][deployment]["replicas"]
         return {one["replica_id"]: one["node_ip"] for one in found if one["state"] == "RUNNING"}
 
+    def replace_replica(self, node: Node, deployment: str = "Replica") -> None:
+        """Ends one on `node`; returns once another one, anywhere, has taken its place."""
+        before = self.replicas(deployment).keys()
+        [process, *_] = node.processes(f"{ACTOR}:{deployment}")
+        process.kill()
+        until(lambda: self.is_whole and self.replicas(deployment).keys() != before)
+
+    def spread(self) -> None:
+        """A replica and an Api on each worker: after a loss they stay where they were started."""
+        for deployment in ("Replica", "Api"):
+            while len(homes := {*self.replicas(deployment).values()}) < len(self.workers):
+                self.replace_replica(self.node(homes.pop()), deployment)
+
     def proxies(self) -> list[Node]:
         """Nodes with a proxy: the head, and where Serve has replicas."""
         homes = {home for one in ("Replica", "Api") for home in self.replicas(one).values()}

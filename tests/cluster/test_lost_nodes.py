@@ -9,7 +9,7 @@ from service import display
 from service.client import JSON, ApiError, read_jsonl
 from tests.cluster.nodes import Node
 from tests.cluster.rig import cut_off
-from tests.cluster.site import ACTOR, DEPLOY, EDITS, Site
+from tests.cluster.site import DEPLOY, EDITS, Site
 from tests.cluster.watching import Watch, watching
 from tests.faults.invariants import Invariants
 from tests.faults.site import until
@@ -24,21 +24,6 @@ STEPS = 9
 """Trained, and kept, before the node is lost."""
 
 numbers = count()
-
-
-def replace_replica(site: Site, node: Node, deployment: str = "Replica") -> None:
-    """Ends one on `node`; returns once another one, anywhere, has taken its place."""
-    before = site.replicas(deployment).keys()
-    [process, *_] = node.processes(f"{ACTOR}:{deployment}")
-    process.kill()
-    until(lambda: site.is_whole and site.replicas(deployment).keys() != before)
-
-
-def spread(site: Site) -> None:
-    """A replica and an Api on each worker: after a loss they stay where they were started anew."""
-    for deployment in ("Replica", "Api"):
-        while len(homes := {*site.replicas(deployment).values()}) < len(site.workers):
-            replace_replica(site, site.node(homes.pop()), deployment)
 
 
 def roll_back(site: Site) -> None:
@@ -76,13 +61,13 @@ def test_a_node_is_cut_off_while_it_stages(site: Site, trained: JSON) -> None:
     """For so short that Ray does not notice; the rollout goes on without its replica."""
     version = trained["version"]
     roll_back(site)
-    spread(site)
+    site.spread()
     leader = is_on(site, "Coordinator")
     [lost] = set(site.workers) - {leader}
     # Its replica must fetch the version anew.
     lost.machine.run(["rm", "-r", str(site.data / "cache")])
-    replace_replica(site, lost)
-    spread(site)
+    site.replace_replica(lost)
+    site.spread()
 
     with watching([node.address for node in site.nodes], PROMPT) as watch:
         for node in site.nodes:
@@ -121,7 +106,7 @@ def test_a_node_is_lost_while_training_and_while_swapping(
 ) -> None:
     """The coordinator's node, with one of two ranks and one of two replicas."""
     roll_back(site)
-    spread(site)
+    site.spread()
     lost = is_on(site, "Coordinator")
     [other] = set(site.workers) - {lost}
     api = site.api(other)
@@ -168,7 +153,7 @@ def test_a_node_is_lost_while_training_and_while_swapping(
 
 def test_who_was_answering_a_node_that_is_cut_off_goes_on(site: Site) -> None:
     """Its replica always has answers under way for clients of the node that goes."""
-    spread(site)
+    site.spread()
     stays = is_on(site, "Coordinator")
     [lost] = set(site.workers) - {stays}
     elsewhere = [stays.address, site.head.address]
