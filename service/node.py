@@ -18,6 +18,16 @@ from service.store.migrate import upgrade
 
 log = logging.getLogger(__name__)
 
+RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Proxies ask as `ServeInference` does: by gRPC, not through an HTTP proxy that is set for other
+    # things, whatever the length (4 MiB is the default).
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
+    "grpc_proxy": "",
+}
+"""What Ray's processes have in their environment, unless it is set."""
+
 
 def run(settings: Settings, ready: Callable[[str], None]) -> None:
     """Starts everything, calls `ready` with the URL, and waits for SIGINT or SIGTERM.
@@ -117,9 +127,8 @@ def database(settings: Settings) -> Iterator[str]:
 @contextmanager
 def ray_cluster(settings: Settings) -> Iterator[None]:
     """A Ray of our own on loopback, or the one that `RAY_ADDRESS` names."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # As everywhere: see `ServeInference`.
-    os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
+    for name, value in RAY.items():
+        os.environ.setdefault(name, value)
     import ray
 
     log.info("starting Ray")

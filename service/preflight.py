@@ -20,10 +20,10 @@ from service.errors import ConfigurationError, ErrataError, NotYet
 from service.settings import Settings
 from service.store.database import parse_url, reach
 from workers import models
-from workers.errors import WorkersError
+from workers.errors import IncompleteModel, WorkersError
 from workers.folders import Folder
 
-NETWORK_S = 60.0
+NETWORK_S = 300.0
 """A database, a version store and nodes that are not reached are waited for so long at most."""
 NODE_S = 60.0
 """A node that has not answered within this time is taken for unable to."""
@@ -46,6 +46,7 @@ class Finding:
 class Node:
     id: str
     address: str
+    cpus: float
     gpus: float
 
 
@@ -66,16 +67,18 @@ def require_nodes(settings: Settings) -> None:
 def examine(settings: Settings, wait_s: float = 0.0) -> Iterator[Finding]:
     """Everything that can be known beforehand; of the Ray cluster too, if one is connected to.
 
-    What is not there is waited for: GPUs for `wait_s`, the rest for at most `NETWORK_S` of it.
+    What is not there is waited for: the model and GPUs for `wait_s`, the rest for at most
+    `NETWORK_S` of it.
     """
     network_s = min(wait_s, NETWORK_S)
-    yield _finding("model", lambda: str(models.check(models.resolve(settings.model_path)).path))
+    yield _finding("model", lambda: _model(settings), wait_s)
     if not ray.is_initialized():
         yield _finding("database", lambda: _database(settings), network_s)
         yield _finding("version_store", lambda: _store(settings), network_s)
         return
-    yield from _nodes(settings, network_s)
+    # First, as it waits for nodes, each of which is then looked at.
     yield _finding("gpus", lambda: _gpus(settings), wait_s)
+    yield from _nodes(settings, network_s)
 
 
 def check_host(host: str, behind_proxy: bool) -> None:
@@ -110,7 +113,12 @@ def check_shared(settings: Settings, node_count: int) -> None:
 def alive_nodes() -> list[Node]:
     """Those of the Ray cluster that is connected to."""
     return [
-        Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"].get("GPU", 0.0))
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -149,6 +157,17 @@ def _nodes(settings: Settings, wait_s: float) -> Iterator[Finding]:
         yield _finding("nodes", lambda: _each_node(settings, alive_nodes()), wait_s)
 
 
+def _model(settings: Settings) -> str:
+    """May still be on its way to where it is read from."""
+    try:
+        return str(models.check(models.resolve(settings.model_path)).path)
+    except IncompleteModel as error:
+        raise NotYet(
+            f"model: {error}; ERRATA_MODEL names it (on Kubernetes a Job from the CronJob "
+            "errata-models brings it)"
+        ) from error
+
+
 def _shared(settings: Settings, nodes: list[Node]) -> str:
     if settings.database_url is None:
         raise ConfigurationError(
@@ -182,6 +201,11 @@ def _store(settings: Settings) -> str:
 def _each_node(settings: Settings, nodes: list[Node]) -> str:
     """What one node writes into the version store, each reads; each reaches the database."""
     url, here = settings.version_store_url, ray.get_runtime_context().get_node_id()
+    if not any(node.cpus for node in nodes):
+        raise NotYet(
+            "the Ray cluster has no node with CPUs yet, only a head that reserves nothing; add one "
+            "(on Kubernetes: are the pods of the worker groups pending?)"
+        )
     writer = next(node for node in nodes if node.id == here)
     name = _answer(writer, _on(writer, _write, url), url)
     asked = [

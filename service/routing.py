@@ -25,7 +25,7 @@ RESIDENT = "resident"
 class EndingRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
     """Ends what was given to one that is lost: whoever waits for it gets a cancellation.
 
-    Nobody tells gRPC that a node was cut off: what was accepted there would be waited for for ever.
+    Nobody tells gRPC that a node was cut off: for what was accepted there it would wait minutes.
     """
 
     def initialize_state(self, **_: Any) -> None:
@@ -60,6 +60,7 @@ class EndingRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
 
     async def _follow(self, gone: RunningReplica) -> None:
         """One that Serve no longer lists answers what it was given first, unless it is lost."""
+        await asyncio.sleep(PROBE_S)  # It may yet accept what was sent before.
         while self._answers[gone.replica_id]:
             try:
                 await gone.get_queue_len(deadline_s=PROBE_S)

@@ -27,6 +27,10 @@ class WorkersError(Exception):
 class UnsupportedModel(WorkersError): ...
 
 
+class IncompleteModel(UnsupportedModel):
+    """Some of its files are not there; they may be on their way."""
+
+
 class UnknownParameter(WorkersError): ...
 
 

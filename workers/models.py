@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from workers.contract import DType, Record
-from workers.errors import UnsupportedModel
+from workers.errors import IncompleteModel, UnsupportedModel
 
 SUPPORTED = (
     "LlamaForCausalLM",
@@ -30,6 +30,7 @@ SUPPORTED = (
 _PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt"]
 _CHUNK_BYTES = 1 << 24
 _NEEDED = ("config.json", "tokenizer.json", "*.safetensors")
+_SHARD, _INDEX = "*-of-*.safetensors", "model.safetensors.index.json"
 
 
 class ModelFacts(Record):
@@ -51,11 +52,14 @@ class ModelFacts(Record):
 def resolve(model: str) -> Path:
     """The directory of `model`: a directory, or a hub id, which is downloaded if it is not cached.
 
-    Raises `UnsupportedModel` if it is neither.
+    Raises `IncompleteModel` for an absolute path at which there is no directory,
+    `UnsupportedModel` for anything else that is neither.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
+    if path.is_absolute() and not path.exists():
+        raise IncompleteModel(f"model {model!r}: no such directory")
     if not _is_hub_id(model):
         raise UnsupportedModel(
             f"model {model!r}: no such directory, and not a hub id of the form owner/name"
@@ -92,16 +96,32 @@ def _from_hub(hub_id: str, download: Callable[[str], Path]) -> Path:
 
 
 def check(path: Path) -> ModelFacts:
-    """Whether the model in `path` can be edited; reads `config.json` only, and looks for the rest.
+    """Whether the model in `path` can be edited; reads what is no weights, looks for those.
 
-    Raises `UnsupportedModel` naming what is missing, or the architecture and the supported ones.
+    Raises `IncompleteModel` naming what is missing, `UnsupportedModel` naming the architecture and
+    the supported ones.
     """
     if not path.is_dir():
-        raise UnsupportedModel(f"model directory {path} does not exist")
-    for pattern in _NEEDED:
+        raise IncompleteModel(f"model directory {path} does not exist")
+    sharded = any(path.glob(_SHARD))
+    for pattern in (*_NEEDED, *([_INDEX] if sharded else [])):
         if next(path.glob(pattern), None) is None:
-            raise UnsupportedModel(f"model directory {path} has no {pattern}")
+            raise IncompleteModel(f"model directory {path} has no {pattern}")
+    shards = _listed(path / _INDEX) if sharded else set()
+    if absent := sorted(name for name in shards if not (path / name).is_file()):
+        raise IncompleteModel(
+            f"model directory {path} lacks {len(absent)} of the {len(shards)} files that {_INDEX} "
+            f"lists, {absent[0]} first"
+        )
     return read_facts(path / "config.json")
+
+
+def _listed(index: Path) -> set[str]:
+    """Names of the files that hold the weights."""
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModel(f"{index} is not an index of weights: {error!r}") from error
 
 
 def read_facts(config_file: Path) -> ModelFacts:

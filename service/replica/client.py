@@ -9,9 +9,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import Context
 from typing import Any
+from uuid import uuid4
 
 from grpc import RpcError
 from ray.exceptions import RayActorError
+from ray.serve.context import _RequestContext, _serve_request_context
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -125,8 +127,7 @@ async def _told(
     call: Any, request: CompletionRequest, tried: frozenset[str], until: float, wait_s: float
 ) -> AsyncGenerator[Any]:
     """What a replica tells, piece by piece: the first one by `until`, each next one in `wait_s`."""
-    # Serve tells the calls that one HTTP request makes apart only if they know nothing of it.
-    response = Context().run(call, request, tried)
+    response = Context().run(_apart, call, request, tried)
     done = False
     try:
         while True:
@@ -140,6 +141,12 @@ async def _told(
     finally:
         if not done:
             response.cancel()
+
+
+def _apart(call: Any, *arguments: Any) -> Any:
+    """Serve tells the calls that one HTTP request makes apart by an id that is the request's."""
+    _serve_request_context.set(_RequestContext(_internal_request_id=uuid4().hex))
+    return call(*arguments)
 
 
 def _now() -> float:

@@ -152,6 +152,9 @@ def test_gpu_pods_are_as_the_settings_count_on(manifests: Manifests) -> None:
     else:
         assert limits(by_group["gpu"])["nvidia.com/gpu"] == "1"
         assert by_group["gpu"]["maxReplicas"] >= replicas
+        # Nor is anything else placed there, which belongs on workers.
+        reserved = by_group["gpu"]["rayStartParams"]["num-cpus"]
+        assert reserved == manifests.settings["ERRATA_REPLICA_CPUS"]
         assert train["replicas"] * int(limits(train)["nvidia.com/gpu"]) == ranks
 
 

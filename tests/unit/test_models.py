@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from workers import models
-from workers.errors import UnsupportedModel
+from workers.errors import IncompleteModel, UnsupportedModel
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
 
 MakeDirectory = Callable[..., Path]
 
@@ -27,8 +30,10 @@ def make_directory(tmp_path: Path) -> MakeDirectory:
         }
         (tmp_path / "config.json").write_text(json.dumps(config))
         (tmp_path / "tokenizer.json").write_text("{}")
-        (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"one")
-        (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"two")
+        (tmp_path / SHARDS[0]).write_bytes(b"one")
+        (tmp_path / SHARDS[1]).write_bytes(b"two")
+        index = {"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[1]}}
+        (tmp_path / INDEX).write_text(json.dumps(index))
         return tmp_path
 
     return make
@@ -52,14 +57,29 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
         models.check(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "*.safetensors"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "*.safetensors", INDEX])
 def test_a_file_that_is_not_there(make_directory: MakeDirectory, file: str) -> None:
     path = make_directory()
     for found in path.glob(file):
         found.unlink()
-    with pytest.raises(UnsupportedModel) as caught:
+    with pytest.raises(IncompleteModel) as caught:
         models.check(path)
     assert f"has no {file}" in str(caught.value)
+
+
+def test_weights_that_are_not_all_there(make_directory: MakeDirectory) -> None:
+    path = make_directory()
+    (path / SHARDS[1]).unlink()
+    with pytest.raises(IncompleteModel, match=f"lacks 1 of the 2 files .* {SHARDS[1]} first"):
+        models.check(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_an_index_that_cannot_be_read(make_directory: MakeDirectory, text: str) -> None:
+    path = make_directory()
+    (path / INDEX).write_text(text)
+    with pytest.raises(UnsupportedModel, match=f"{INDEX} is not an index of weights"):
+        models.check(path)
 
 
 @pytest.mark.parametrize("architectures", [["Gemma2ForCausalLM"], [], None])

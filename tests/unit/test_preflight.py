@@ -15,6 +15,7 @@ from service.build import require_build, source_digest
 from service.errors import ConfigurationError, NotYet
 from service.preflight import Finding, check_host, check_shared, examine
 from service.settings import Settings
+from tests.tiny_model import save_tiny_model
 
 
 def settings(**values: object) -> Settings:
@@ -55,6 +56,20 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     refused = found(settings(model=str(tmp_path / "gone")))["model"]
     assert not refused.passed
     assert str(tmp_path / "gone") in refused.detail
+    assert "ERRATA_MODEL" in refused.detail
+
+
+def test_a_model_that_is_on_its_way_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    tokenizer = model / "tokenizer.json"
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
+    # It comes while the next look is waited for.
+    monkeypatch.setattr(preflight.time, "sleep", lambda _: tokenizer.write_bytes(content))
+    waited = next(examine(settings(model=str(model)), 60))
+    assert (waited.about, waited.passed) == ("model", True)
 
 
 def test_what_one_node_alone_can_reach_is_refused_on_several() -> None:
