@@ -125,6 +125,13 @@ def test_a_version_that_does_not_exist_cannot_be_activated(service: ServiceProce
     assert caught.value.status == 404
 
 
+def test_a_prompt_that_is_too_long_is_refused_with_its_length(service: ServiceProcess) -> None:
+    """It is longer than 4 MiB, by default the most that one gRPC message may have."""
+    with pytest.raises(ApiError, match=r"prompt has \d{7} tokens; the model serves") as caught:
+        service.client.ask("Paris is a city. " * 280_000)
+    assert caught.value.status == 422
+
+
 def test_every_replica_holds_the_live_version(service: ServiceProcess, job: JSON) -> None:
     serving = service.client.get("/serving")
     assert len(serving["replicas"]) == 2

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from service.client import Client, read_jsonl
+from service.node import RAY
 from service.settings import DEMO_MODEL
 from service.store.embedded import EmbeddedPostgres
 from tests.dashboard import AUTHENTICATION, PROGRAMS, SERVE_CONFIG, Dashboard
@@ -48,7 +49,7 @@ def dashboard(directory: Path, database_url: str) -> Iterator[Dashboard]:
     port = free_port()
     environment = {
         **AUTHENTICATION,
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **RAY,
         "RAY_TMPDIR": str(directory),
         "ERRATA_BEHIND_PROXY": "true",
         "ERRATA_DATABASE_URL": database_url,
