@@ -12,6 +12,7 @@ from itertools import cycle, islice
 import ray
 from ray import serve
 
+from service.node import RAY
 from tests.benchmarks.swap_figures import Span
 from tests.benchmarks.swap_naive import InFlight, Naive
 from tests.benchmarks.swap_service import REPLICAS, VERSIONS, Running
@@ -108,7 +109,8 @@ def in_place(paths: Sequence[str], in_flight: InFlight) -> Swap:
 
 @contextmanager
 def own_ray(port: int) -> Iterator[None]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in RAY.items():
+        os.environ.setdefault(name, value)
     for name in ("ray.serve", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.init(
