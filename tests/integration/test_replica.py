@@ -340,6 +340,7 @@ async def test_scale_to_zero_and_back(
         (woken,) = await live(database)
         assert "v21" in woken.resident
         assert await running_replicas(handle) == {woken.id}
+        await given_up(handle, woken.id)
 
         # Ended while it answers: it answers to the end, then signs off.
         request = CompletionRequest("v21", " ".join(["word"] * 100), 101)
@@ -351,6 +352,25 @@ async def test_scale_to_zero_and_back(
         assert text == " v21" + " word" * 100
         await deleted
         assert await known(database) == []
+
+
+async def given_up(handle: DeploymentHandle, replica_id: str) -> None:
+    """What nobody waits for any more is not answered to its end, which is minutes away."""
+    replica = ray.get_actor(f"SERVE_REPLICA::{APP}#Replica#{replica_id}", "serve")
+    request = CompletionRequest("v21", " ".join(["word"] * 20_000), 20_001)
+
+    async def idle() -> bool:
+        return await replica.get_num_ongoing_requests.remote() == 0
+
+    chunks = ServeInference(handle).stream(request)
+    await anext(chunks)
+    assert not await idle()
+    await chunks.aclose()
+    await until(idle)
+
+    with pytest.raises(Unavailable, match="within 1 s"):
+        await ServeInference(handle, answer_s=1).complete(request)
+    await until(idle)
 
 
 async def commit(database: Database, version_id: str) -> None:
