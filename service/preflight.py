@@ -4,6 +4,7 @@ Looks at each node of it. Whatever is wrong is said with the setting's name and 
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from service.store.database import parse_url, reach
 from workers import models
 from workers.errors import IncompleteModel, WorkersError
 from workers.folders import Folder
+
+log = logging.getLogger(__name__)
 
 NETWORK_S = 300.0
 """A database, a version store and nodes that are not reached are waited for so long at most."""
@@ -138,14 +141,17 @@ def _require(findings: Iterator[Finding]) -> None:
 
 
 def _finding(about: str, look: Callable[[], str], wait_s: float = 0.0) -> Finding:
-    """Looks again, for so long, at what is not there yet."""
-    give_up = time.monotonic() + wait_s
+    """Looks again, for so long, at what is not there yet, and says once what is waited for."""
+    began, told = time.monotonic(), False
     while True:
         try:
             return Finding(about, True, look())
         except (ErrataError, WorkersError) as error:
-            if not isinstance(error, NotYet) or time.monotonic() >= give_up:
+            if not isinstance(error, NotYet) or time.monotonic() >= began + wait_s:
                 return Finding(about, False, str(error))
+            if not told:
+                log.warning("waiting for at most %.0f s: %s", wait_s, error)
+                told = True
         time.sleep(RETRY_S)
 
 

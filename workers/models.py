@@ -104,7 +104,7 @@ def check(path: Path) -> ModelFacts:
     if not path.is_dir():
         raise IncompleteModel(f"model directory {path} does not exist")
     sharded = any(path.glob(_SHARD))
-    for pattern in (*_NEEDED, *([_INDEX] if sharded else [])):
+    for pattern in (*_NEEDED, _INDEX) if sharded else _NEEDED:
         if next(path.glob(pattern), None) is None:
             raise IncompleteModel(f"model directory {path} has no {pattern}")
     shards = _listed(path / _INDEX) if sharded else set()

@@ -24,7 +24,7 @@ OBJECT_STORE_BYTES = 150_000_000
 
 _SETTINGS = (Path(__file__).parents[2] / "k8s" / "base" / "settings.env").read_text()
 LOST = dict(re.findall(r"^(RAY_(?:SERVE|grpc|health)\w+)=(.+)$", _SETTINGS, re.MULTILINE))
-"""When a node is given up; as on Kubernetes."""
+"""How queries pass from node to node, and when one is given up; as on Kubernetes."""
 LEAN = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 """No worker processes before there is work for them."""
 
