@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from service.client import JSON
+from tests.faults.site import until
 
 TOKEN = "errata-tests-cluster-token-of-no-use-elsewhere"
 AUTHENTICATION = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
@@ -63,3 +64,14 @@ class Dashboard:
             return False
         assert now.get("status") != "DEPLOY_FAILED", now["message"]
         return now.get("status") == "RUNNING"
+
+    def run(self, entrypoint: str) -> tuple[str, str]:
+        """How a job ended, and all that it said; by Ray's Jobs API, as KubeRay starts one."""
+        posted = self._http.post("/api/jobs/", json={"entrypoint": entrypoint}).raise_for_status()
+        path = f"/api/jobs/{posted.json()['submission_id']}"
+        status = until(lambda: self._ended(path))
+        return status, str(self.get(f"{path}/logs")["logs"])
+
+    def _ended(self, path: str) -> str | None:
+        status = str(self.get(path)["status"])
+        return status if status in {"STOPPED", "SUCCEEDED", "FAILED"} else None

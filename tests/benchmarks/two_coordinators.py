@@ -40,6 +40,7 @@ def report(run: TwoClusters, seed: int) -> Report:
         made.add(f"faults: {name}", times)
     bounds = {"most_leaders": 1, "longest_overlap_s": NOTICES_S}
     for name, value in figures.items():
+        value = value if isinstance(value, int | float) else len(value)
         unit = "s" if name.endswith("_s") or name == "seconds" else ""
         target = {"at_most": bounds[name]} if name in bounds else {}
         made.add(name.removesuffix("_s").replace("_", " "), value, unit, **target)

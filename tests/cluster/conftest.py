@@ -31,12 +31,17 @@ def lacking() -> str | None:
     return made.stderr or None
 
 
-@pytest.fixture(scope="package")
-def site() -> Iterator[Site]:
-    """The service runs, with the base model live."""
+@pytest.fixture(scope="package", autouse=True)
+def machines() -> None:
+    """They can be made."""
     if reason := lacking():
         # Where it must hold, nothing is passed over.
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="package")
+def site() -> Iterator[Site]:
+    """The service runs, with the base model live."""
     with Site() as made:
         yield made
 
@@ -60,5 +65,5 @@ def whole(site: Site) -> Iterator[None]:
     """Before and after each test."""
     until(lambda: site.is_whole)
     yield
-    site.store.release()
+    site.stores.proxy.release()
     until(lambda: site.is_whole)

@@ -7,15 +7,17 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 import psutil
 
 from tests.cluster.redis import PASSWORD
-from tests.cluster.rig import Machine
-from tests.dashboard import AUTHENTICATION, PROGRAMS
+from tests.cluster.rig import Machine, Network
+from tests.dashboard import AUTHENTICATION, PROGRAMS, Dashboard
+from tests.faults.site import until
 from tests.service_process import command_line
 
 GCS_PORT = 6379
@@ -50,6 +52,7 @@ class Node:
             "RAY_TMPDIR": str(machine.directory),
             "TMPDIR": str(machine.directory),
             "HOME": str(machine.directory),
+            "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
             **environment,
         }
@@ -105,6 +108,54 @@ class Node:
         """Those on this node whose command line begins with `title`."""
         every = self.machine.processes()
         return [one for one in every if "".join(command_line(one)[:1]).startswith(title)]
+
+
+class RayCluster:
+    """Nodes named after `name`: a head that offers `head_cpus`, and a worker for each of the rest.
+
+    Each has a machine of its own, with `directory` to itself; their logs are beside that.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: Network,
+        directory: Path,
+        environment: Mapping[str, str],
+        head_cpus: int = 0,
+        worker_cpus: Sequence[int] = (),
+    ) -> None:
+        head = Machine(network, directory, network.address())
+
+        def node(machine: Machine, role: str, cpus: int, joins: str | None) -> Node:
+            log = directory.with_name(f"{name}-{role}.log")
+            return Node(machine, environment, log, cpus=cpus, head=joins)
+
+        self.head = node(head, "head", head_cpus, None)
+        self.workers = [
+            node(Machine(network, directory, network.address()), f"{n}", cpus, head.address)
+            for n, cpus in enumerate(worker_cpus, start=1)
+        ]
+        self.dashboard = Dashboard(f"http://{head.address}:{DASHBOARD_PORT}")
+
+    def __enter__(self) -> Self:
+        """Returns once every node has joined."""
+        with ExitStack() as stack:
+            stack.callback(self.dashboard.close)
+            stack.enter_context(self.head)
+            until(lambda: self.dashboard.nodes() == 1)
+            for node in self.workers:
+                stack.enter_context(node)
+            until(lambda: self.dashboard.nodes() == len(self.nodes))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [self.head, *self.workers]
 
 
 def _as_head() -> list[str]:

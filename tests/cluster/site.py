@@ -4,26 +4,20 @@ PostgreSQL, the version store and Redis are on the host; all that nodes share is
 the code.
 """
 
-import shutil
-import tempfile
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import httpx
 import yaml
 
 from service.client import JSON, ApiError, Client, read_jsonl
-from tests.cluster.nodes import DASHBOARD_PORT, Node
-from tests.cluster.postgres import Postgres
+from tests.cluster.nodes import Node, RayCluster
 from tests.cluster.redis import Redis
-from tests.cluster.rig import Machine, Network
+from tests.cluster.stores import Stores
 from tests.dashboard import SERVE_CONFIG, Dashboard
-from tests.faults.object_store import BUCKET, ObjectStore
 from tests.faults.site import holding, until
-from tests.proxy import TcpProxy
-from workers.artifact import Manifest
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 EDITS = read_jsonl(DEPLOY / "demo" / "edits.jsonl")[:10]
@@ -47,31 +41,38 @@ SETTINGS = {
     "ERRATA_API_CPUS": "0.05",
 }
 CPUS = 2
-AWS = {
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "test",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_MAX_ATTEMPTS": "2",
-}
 
 
 class Site:
     """`head` reserves nothing; `workers` have a replica and a training rank each."""
 
+    stores: Stores
     head: Node
     workers: tuple[Node, Node]
-    store: TcpProxy
     dashboard: Dashboard
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            # Not pytest's directory: PostgreSQL's own account must pass through its parents, and
-            # the sockets of Ray have long names.
-            self.directory = Path(tempfile.mkdtemp(prefix="errata-"))
-            stack.callback(shutil.rmtree, self.directory)
-            self.network = stack.enter_context(Network())
-            self._start_stores(stack)
-            self._start_nodes(stack)
+            self.stores = stack.enter_context(Stores())
+            redis = Redis(self.stores.network.host, self.stores.directory)
+            host, port = stack.enter_context(redis).address
+            environment = {
+                **SETTINGS,
+                **self.stores.environment(),
+                "RAY_REDIS_ADDRESS": f"{host}:{port}",
+            }
+            cluster = stack.enter_context(
+                RayCluster(
+                    "serving",
+                    self.stores.network,
+                    self.stores.node,
+                    environment,
+                    worker_cpus=(CPUS, CPUS),
+                )
+            )
+            self.head, self.dashboard = cluster.head, cluster.dashboard
+            first, second = cluster.workers
+            self.workers = first, second
             self.deploy()
             self._stack = stack.pop_all()
         return self
@@ -85,11 +86,6 @@ class Site:
     def nodes(self) -> tuple[Node, ...]:
         return (self.head, *self.workers)
 
-    @property
-    def data(self) -> Path:
-        """The data directory, on each node its own."""
-        return self.directory / "node" / "data"
-
     def api(self, node: Node) -> Client:
         """The service by the proxy on `node`."""
         return self._clients[node.address]
@@ -100,8 +96,7 @@ class Site:
         return {one: Client(f"http://{one}:8000", timeout_s=ANSWER_S) for one in addresses}
 
     def deploy(self) -> None:
-        """The Serve config, as an operator does, once all nodes are there; until it is ready."""
-        until(lambda: self.dashboard.nodes() == len(self.nodes))
+        """The Serve config, as an operator does; until it is ready."""
         self.dashboard.deploy(SERVE_CONFIG)
         until(self.dashboard.is_deployed)
 
@@ -109,7 +104,7 @@ class Site:
         """Why the Serve config with these `args` is not deployed."""
         config = yaml.safe_load(SERVE_CONFIG.read_text())
         config["applications"][0]["args"] = args
-        changed = self.directory / "serve.yaml"
+        changed = self.stores.directory / "serve.yaml"
         changed.write_text(yaml.safe_dump(config))
         self.dashboard.deploy(changed)
         now = until(lambda: self._ended_as("DEPLOY_FAILED"))
@@ -117,10 +112,6 @@ class Site:
 
     def node(self, address: str) -> Node:
         return next(one for one in self.nodes if one.address == address)
-
-    def manifest(self, version_id: str) -> Manifest:
-        content = self.objects.get(f"versions/{version_id}/manifest.json")
-        return Manifest.model_validate_json(content)
 
     def note(self, figure: str, value: object) -> None:
         """Shown once all is over."""
@@ -148,41 +139,6 @@ class Site:
         """Nodes with a proxy: the head, and where Serve has replicas."""
         homes = {home for one in ("Replica", "Api") for home in self.replicas(one).values()}
         return [node for node in self.nodes if node is self.head or node.address in homes]
-
-    def _start_stores(self, stack: ExitStack) -> None:
-        host = self.network.host
-        self.postgres = stack.enter_context(Postgres(self.directory, host, self.network.range))
-        self.objects = stack.enter_context(ObjectStore())
-        # At an address of its own, so that it can be kept from a node alone.
-        self.store = stack.enter_context(TcpProxy(self.objects.address, self.network.other_host))
-        self.redis = stack.enter_context(Redis(host, self.directory))
-
-    def _start_nodes(self, stack: ExitStack) -> None:
-        self.head = self._node(stack, "head")
-        self.dashboard = Dashboard(f"http://{self.head.address}:{DASHBOARD_PORT}")
-        stack.callback(self.dashboard.close)
-        until(lambda: self.dashboard.nodes() == 1)
-        first, second = (
-            self._node(stack, f"worker-{n}", cpus=CPUS, head=self.head.address) for n in (1, 2)
-        )
-        self.workers = first, second
-
-    def _node(self, stack: ExitStack, name: str, **role: Any) -> Node:
-        machine = Machine(self.network, self.directory / "node", self.network.address())
-        log = self.directory / f"{name}.log"
-        return stack.enter_context(Node(machine, self._environment(), log, **role))
-
-    def _environment(self) -> dict[str, str]:
-        store, redis = (f"{host}:{port}" for host, port in (self.store.address, self.redis.address))
-        return {
-            **SETTINGS,
-            **AWS,
-            "ERRATA_DATABASE_URL": self.postgres.url,
-            "ERRATA_VERSION_STORE": f"s3://{BUCKET}",
-            "ERRATA_DATA_DIR": str(self.data),
-            "AWS_ENDPOINT_URL": f"http://{store}",
-            "RAY_REDIS_ADDRESS": redis,
-        }
 
     def _ended_as(self, status: str) -> JSON | None:
         now = self.dashboard.application()

@@ -19,7 +19,7 @@ def answers(site: Site) -> list[tuple[str, str]]:
 
 def test_ranks_on_two_nodes_train_and_replicas_on_both_swap(site: Site, trained: JSON) -> None:
     version = trained["version"]
-    assert [len(tensor.shards) for tensor in site.manifest(version).tensors] == [2]
+    assert [len(tensor.shards) for tensor in site.stores.manifest(version).tensors] == [2]
     assert set(site.replicas().values()) == {node.address for node in site.workers}
     for told, by in answers(site):
         assert matches(told, TARGET)
@@ -36,8 +36,8 @@ def test_ranks_on_two_nodes_train_and_replicas_on_both_swap(site: Site, trained:
 def test_no_node_sees_the_files_of_another(site: Site, trained: JSON) -> None:
     """So whatever passed from one to another did so by the version store or by Ray."""
     for node in site.nodes:
-        node.machine.run(["touch", str(site.directory / "node" / node.address)])
+        node.machine.run(["touch", str(site.stores.node / node.address)])
     for node in site.nodes:
-        shown = node.machine.run(["ls", str(site.directory / "node")]).split()
+        shown = node.machine.run(["ls", str(site.stores.node)]).split()
         assert [name for name in shown if name.startswith("198.")] == [node.address]
-    assert list((site.directory / "node").iterdir()) == []
+    assert list((site.stores.node).iterdir()) == []

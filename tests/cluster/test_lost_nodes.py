@@ -65,20 +65,20 @@ def test_a_node_is_cut_off_while_it_stages(site: Site, trained: JSON) -> None:
     leader = is_on(site, "Coordinator")
     [lost] = set(site.workers) - {leader}
     # Its replica must fetch the version anew.
-    lost.machine.run(["rm", "-r", str(site.data / "cache")])
+    lost.machine.run(["rm", "-r", str(site.stores.data / "cache")])
     site.replace_replica(lost)
     site.spread()
 
     with watching([node.address for node in site.nodes], PROMPT) as watch:
         for node in site.nodes:
             watch.wait_for(node.address)
-        site.store.hold()
-        fetches = site.store.connections
+        site.stores.proxy.hold()
+        fetches = site.stores.proxy.connections
         site.api(leader).post(f"/versions/{version}/activate", {})
-        until(lambda: site.store.connections > fetches)
+        until(lambda: site.stores.proxy.connections > fetches)
         with cut_off(lost.machine):
             cut_at = time.monotonic()
-            site.store.release()
+            site.stores.proxy.release()
             now = display.await_rollout(site.api(leader), version)
             committed_s = time.monotonic() - cut_at
         back_at = time.monotonic()
@@ -110,7 +110,7 @@ def test_a_node_is_lost_while_training_and_while_swapping(
     lost = is_on(site, "Coordinator")
     [other] = set(site.workers) - {lost}
     api = site.api(other)
-    invariants = Invariants(site.postgres.url)
+    invariants = Invariants(site.stores.postgres.url)
     edits = MORE_EDITS[how]
     ids = {answer["id"] for answer in api.submit(edits)}
     job = api.post("/jobs", {"edit_ids": sorted(ids), "hparams": HPARAMS})
@@ -141,7 +141,7 @@ def test_a_node_is_lost_while_training_and_while_swapping(
             site.note(f"{how}: longest without an answer at {node.address}, s", gap)
             site.note("  told there", dict(told))
     assert ended["state"] == "done", ended["error"]
-    manifest = site.manifest(ended["version"])
+    manifest = site.stores.manifest(ended["version"])
     assert manifest.training.resumed_steps >= STEPS
     applied = api.pages("/edits", "edits", job=job["id"], state="applied")
     assert {edit["id"] for edit in applied} == ids

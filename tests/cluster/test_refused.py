@@ -34,7 +34,7 @@ def _answers(site: Site, proxies: list[Node]) -> Iterator[None]:
 
 def test_a_version_store_that_one_node_does_not_reach(site: Site) -> None:
     lost = site.workers[1]
-    with lost.machine.without_route(site.store.address[0]):
+    with lost.machine.without_route(site.stores.proxy.address[0]):
         deployed = site.refused(ELSE_AS_BEFORE)
         here = f"ERRATA_CLUSTER_WAIT_S=0 {PROGRAMS}/errata jobs run --here 2>&1 || exit 0"
         trained = site.head.run("sh", "-c", here, timeout_s=180)
@@ -70,7 +70,7 @@ def test_gpus_that_no_node_has(site: Site) -> None:
 
 
 def test_a_wrong_password(site: Site) -> None:
-    said = site.refused({"database_url": site.postgres.url_of(f"{GUARDED}:s3cret")})
+    said = site.refused({"database_url": site.stores.postgres.url_of(f"{GUARDED}:s3cret")})
     assert f'password authentication failed for user "{GUARDED}"' in said
     assert "ERRATA_DATABASE_URL" in said
     assert "s3cret" not in said

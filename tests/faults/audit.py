@@ -98,9 +98,13 @@ class Audit:
         return [Commit(*row) for row in rows]
 
 
-def check_commits(commits: Sequence[Commit]) -> None:
-    """Each generation follows the one before, each version is committed once."""
+def check_generations(commits: Sequence[Commit]) -> None:
+    """Each follows the one before."""
     assert [commit.generation for commit in commits] == list(range(2, len(commits) + 2))
+
+
+def check_committed_once(commits: Sequence[Commit]) -> None:
+    """Of versions that nobody activates again."""
     versions = [commit.version for commit in commits]
     assert len(versions) == len(set(versions)), versions
 
