@@ -27,8 +27,8 @@ test-whole: $(INSTALLED)
 test-parts: $(INSTALLED)
 	$(PYTEST) $(addprefix --ignore=,$(WHOLE) tests/cluster) | sed --unbuffered 's/^/parts: /'
 
-# A Ray cluster of machines in network namespaces: takes root, iproute2, redis-server, and a machine
-# that does nothing else meanwhile.
+# Ray clusters of machines in network namespaces: takes half an hour, root, iproute2, redis-server,
+# and a machine that does nothing else meanwhile.
 test-cluster: $(INSTALLED)
 	$(PYTEST) tests/cluster
 

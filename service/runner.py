@@ -23,7 +23,7 @@ from service.store.database import Database
 from service.store.progress import DatabaseProgress
 from service.versions import BASE_VERSION
 from workers.contract import ProgressSink, TrainRequest, TrainResult
-from workers.errors import WorkersError
+from workers.errors import StoreUnavailable, WorkersError
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Runner:
         request = await self._patiently(lambda conn: self._request(conn, job))
         sink = DatabaseProgress(self._database_url, job.id, self._id)
         try:
-            result = await self._train(request, sink)
+            result = await self._with_store(request, sink)
         except WorkersError as error:
             reason = str(error)
             return await self._end(job, lambda conn: self._fail(conn, job, reason))
@@ -144,6 +144,15 @@ class Runner:
                 seconds=seconds,
             ),
         )
+
+    async def _with_store(self, request: TrainRequest, sink: ProgressSink) -> TrainResult:
+        """Trains; while the version store is away, again, from the last checkpoint."""
+        while True:
+            try:
+                return await self._train(request, sink)
+            except StoreUnavailable as error:
+                log.warning("trying again: %s", error)
+                await asyncio.sleep(RETRY_S)
 
     async def _claimed(self, job: Job) -> Job:
         """The job once a coordinator has claimed its edits and decided what is retained."""

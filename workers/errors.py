@@ -6,6 +6,7 @@ WorkersError
 ├── BadHparams           hyperparameters that do not hold
 ├── BadLine              a line of a file that is not a JSON object
 ├── TrainingFailed       the run failed: a bad example, a loss that is not a number, a lost worker
+├── StoreUnavailable     the version store does not answer; try again later
 └── ArtifactError        a version in the store cannot be written or trusted
     ├── ManifestMissing  no manifest, so no version
     ├── ShardMissing     the manifest names a file that is not there
@@ -41,6 +42,9 @@ class BadLine(WorkersError): ...
 
 
 class TrainingFailed(WorkersError): ...
+
+
+class StoreUnavailable(WorkersError): ...
 
 
 class ArtifactError(WorkersError): ...

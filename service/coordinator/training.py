@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import uuid4
 
+from service.errors import Unavailable
 from service.jobs import UNTRAINED, Job, JobState, Trainer
 from service.settings import Settings
 from service.store import jobs, trainers
 from service.store.database import Database
 from service.store.progress import DatabaseProgress
 from workers.contract import ProgressSink, TrainRequest, TrainResult
-from workers.errors import TrainingFailed
+from workers.errors import StoreUnavailable, TrainingFailed
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class Training:
     async def run(self, job: Job, request: TrainRequest) -> TrainResult:
         """Trains a job that was taken.
 
-        A leader that lost and regained its lock finds its training still running here.
+        A leader that lost and regained its lock finds its training still running here. Raises
+        `Unavailable` while the version store is away: run again, it goes on from its checkpoint.
         """
         assert job.trainer_id is not None
         if self._running is None or self._running.trainer_id != job.trainer_id:
@@ -68,6 +70,8 @@ class Training:
         running = self._running
         try:
             return await asyncio.shield(running.result)
+        except StoreUnavailable as error:
+            raise Unavailable(f"the training of job {job.id}: {error}") from error
         finally:
             if running.result.done():
                 self._running = None

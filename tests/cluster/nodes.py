@@ -32,7 +32,7 @@ LEAN = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "
 
 
 class Node:
-    """A machine that runs Ray; the head, unless it is given the head's address to join."""
+    """A machine that runs Ray; the head, unless it is given the head's name to join."""
 
     def __init__(
         self,
@@ -58,7 +58,6 @@ class Node:
         }
         self._log = log
         self._arguments = [
-            f"--node-ip-address={self.address}",
             f"--num-cpus={cpus}",
             f"--object-store-memory={OBJECT_STORE_BYTES}",
             "--include-log-monitor=false",
@@ -79,7 +78,8 @@ class Node:
 
     def start(self) -> None:
         """Ray, on the booted machine; returns at once."""
-        once = shlex.join([str(PROGRAMS / "ray"), "start", *self._arguments])
+        own = f"--node-ip-address={self.address}"
+        once = shlex.join([str(PROGRAMS / "ray"), "start", own, *self._arguments])
         with self._log.open("a") as log:
             self._supervisor = subprocess.Popen(
                 self.machine.command(["sh", "-c", f"while :; do {once}; sleep 1; done"]),
@@ -95,7 +95,7 @@ class Node:
         self._supervisor.wait(30)
 
     def restart(self) -> None:
-        """A new machine with the same address."""
+        """A new machine, with the same address unless that has moved."""
         self.machine.boot()
         self.start()
 
@@ -125,23 +125,22 @@ class RayCluster:
         head_cpus: int = 0,
         worker_cpus: Sequence[int] = (),
     ) -> None:
-        head = Machine(network, directory, network.address())
+        self._network = network
+        self._head = f"{name}-head"
 
-        def node(machine: Machine, role: str, cpus: int, joins: str | None) -> Node:
+        def node(role: str, cpus: int, joins: str | None) -> Node:
+            machine = Machine(network, directory, network.address())
             log = directory.with_name(f"{name}-{role}.log")
             return Node(machine, environment, log, cpus=cpus, head=joins)
 
-        self.head = node(head, "head", head_cpus, None)
-        self.workers = [
-            node(Machine(network, directory, network.address()), f"{n}", cpus, head.address)
-            for n, cpus in enumerate(worker_cpus, start=1)
-        ]
-        self.dashboard = Dashboard(f"http://{head.address}:{DASHBOARD_PORT}")
+        self.head = node("head", head_cpus, None)
+        self.workers = [node(f"{n}", cpus, self._head) for n, cpus in enumerate(worker_cpus, 1)]
 
     def __enter__(self) -> Self:
         """Returns once every node has joined."""
         with ExitStack() as stack:
-            stack.callback(self.dashboard.close)
+            self._meet_head()
+            stack.callback(lambda: self.dashboard.close())
             stack.enter_context(self.head)
             until(lambda: self.dashboard.nodes() == 1)
             for node in self.workers:
@@ -152,6 +151,18 @@ class RayCluster:
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
+
+    def replace_head(self) -> None:
+        """As Kubernetes does with a pod: its machine dies, another one takes the name."""
+        self.head.crash()
+        self.head.machine.move()
+        self.dashboard.close()
+        self._meet_head()
+        self.head.restart()
+
+    def _meet_head(self) -> None:
+        self._network.name(self._head, self.head.address)
+        self.dashboard = Dashboard(f"http://{self.head.address}:{DASHBOARD_PORT}")
 
     @property
     def nodes(self) -> list[Node]:

@@ -101,7 +101,7 @@ class Pair(Rivals[Cluster]):
         "cut_off": 3,
         "crash": 1,
     }
-    pause_s: ClassVar[tuple[float, float]] = (1.0, 15.0)
+    pause_s: ClassVar[tuple[float, float]] = (1.0, 18.0)
 
     def __init__(self, stores: Stores, seed: int) -> None:
         super().__init__(stores.postgres.url, seed)
@@ -152,7 +152,7 @@ class Pair(Rivals[Cluster]):
             with suppress(ApiError):
                 [stored] = await asyncio.to_thread(api.submit, [fact])
                 self._invariants.acknowledged.add(stored["id"])
-            if self._random.random() < 0.1:
+            if self._random.random() < 0.3:
                 with suppress(ApiError):
                     await asyncio.to_thread(self._activate, api)
 
@@ -162,24 +162,25 @@ class Pair(Rivals[Cluster]):
 
     # Faults
 
-    async def _kill(self, cluster: Cluster) -> None:
-        self._end(cluster.coordinators())
+    async def _kill(self, cluster: Cluster) -> bool:
+        return self._end(cluster.coordinators())
 
-    async def _kill_rank(self, cluster: Cluster) -> None:
-        self._end(cluster.node.processes("ray::RayTrainWorker"))
+    async def _kill_rank(self, cluster: Cluster) -> bool:
+        return self._end(cluster.node.processes("ray::RayTrainWorker"))
 
-    async def _kill_api(self, cluster: Cluster) -> None:
-        self._end(cluster.node.processes(f"{ACTOR}:Api"))
+    async def _kill_api(self, cluster: Cluster) -> bool:
+        return self._end(cluster.node.processes(f"{ACTOR}:Api"))
 
-    async def _kill_replica(self, cluster: Cluster) -> None:
-        self._end(cluster.node.processes(f"{ACTOR}:Replica"))
+    async def _kill_replica(self, cluster: Cluster) -> bool:
+        return self._end(cluster.node.processes(f"{ACTOR}:Replica"))
 
-    def _end(self, processes: Sequence[psutil.Process]) -> None:
+    def _end(self, processes: Sequence[psutil.Process]) -> bool:
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        return bool(processes)
 
-    async def _stop(self, cluster: Cluster) -> None:
+    async def _stop(self, cluster: Cluster) -> bool:
         """For so short that it goes on, or for so long that Serve starts another one."""
         stopped = cluster.coordinators()
 
@@ -191,10 +192,11 @@ class Pair(Rivals[Cluster]):
         for process in stopped:
             process.suspend()
         self.later(self._random.uniform(0.5, 30.0), resume)
+        return bool(stopped)
 
-    async def _lose_lock(self, cluster: Cluster) -> None:
+    async def _lose_lock(self, cluster: Cluster) -> bool:
         async with await psycopg.AsyncConnection.connect(self._url, autocommit=True) as conn:
-            await conn.execute(LOSE_LOCK, (cluster.name,))
+            return (await conn.execute(LOSE_LOCK, (cluster.name,))).rowcount > 0
 
     async def _cut_off(self, cluster: Cluster) -> None:
         """From the database and all clients; its own processes reach each other."""

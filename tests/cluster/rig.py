@@ -6,6 +6,7 @@ with its first process; the kernel ends that with the process that made it.
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -21,15 +22,14 @@ _DISABLED, _FORWARDING = "0", "3"
 _BOOT = """
 mount -t tmpfs tmpfs "$1"
 mount -t tmpfs tmpfs /dev/shm
-hostname "$3"
-echo "127.0.0.1 localhost" > "$1/hosts"
-echo "$2 $3" >> "$1/hosts"
-mount --bind "$1/hosts" /etc/hosts
+hostname "$2"
+mount --bind "$3" /etc/hosts
 echo booted
 exec sleep infinity
 """
 """The first process. The host's name is that of its address, as in a pod, not of the loopback."""
 
+_BRIDGE = "02:00:00:00:00:01"
 _addresses = count(2)
 
 
@@ -37,7 +37,8 @@ class Network:
     """A bridge; the host has the first and the last address of its network, machines the others.
 
     The network is of 198.18.0.0/15, which is for such tests (RFC 2544), and the bridge is named
-    after this process, so that two runs on one machine keep out of each other's way.
+    after this process, so that two runs on one machine keep out of each other's way. All machines
+    know the same names, from the moment that `name` gives one.
     """
 
     def __init__(self) -> None:
@@ -45,9 +46,15 @@ class Network:
         self._prefix = _unused_prefix()
         self.host, self.other_host = f"{self._prefix}.1", f"{self._prefix}.254"
         self.range = f"{self._prefix}.0/24"
+        self._names = {"localhost": "127.0.0.1"}
 
     def __enter__(self) -> Self:
-        _ip("link", "add", self.bridge, "type", "bridge")
+        descriptor, hosts = tempfile.mkstemp(prefix="errata-", suffix=".hosts")
+        os.close(descriptor)
+        self.hosts = Path(hosts)
+        # Without an address of its own it has that of a port, and another when a machine goes: the
+        # others would look for the host where it was.
+        _ip("link", "add", self.bridge, "address", _BRIDGE, "type", "bridge")
         for address in (self.host, self.other_host):
             _ip("address", "add", f"{address}/24", "dev", self.bridge)
         _ip("link", "set", self.bridge, "up")
@@ -55,6 +62,15 @@ class Network:
 
     def __exit__(self, *_: object) -> None:
         _ip("link", "delete", self.bridge)
+        self.hosts.unlink()
+
+    def name(self, name: str, address: str) -> None:
+        """From now on `name` is that of `address`, and of no other."""
+        self._names[name] = address
+        # In place: the machines have this file mounted. And never empty.
+        with self.hosts.open("r+") as file:
+            file.write("".join(f"{one} {name}\n" for name, one in self._names.items()))
+            file.truncate()
 
     def address(self) -> str:
         """One that no other machine has had."""
@@ -71,7 +87,6 @@ class Machine:
         self.address = address
         self.directory = directory
         self._network = network
-        self._port = f"er{os.getpid() % 100_000}.{address.rpartition('.')[2]}"
         directory.mkdir(exist_ok=True)
 
     def __enter__(self) -> Self:
@@ -83,11 +98,15 @@ class Machine:
 
     def boot(self) -> None:
         """A new machine with this address, its directory empty."""
+        self._port = f"er{os.getpid() % 100_000}.{self.address.rpartition('.')[2]}"
+        self._network.name(self._port, self.address)
         own = ["--net", "--mount", "--pid", "--uts", "--propagation", "private", "--mount-proc"]
         unshare = ["unshare", *own, "--fork", "--kill-child"]
-        first = ["sh", "-ec", _BOOT, "sh", str(self.directory), self.address, self._port]
+        first = ["sh", "-ec", _BOOT, "sh", self.directory, self._port, self._network.hosts]
         self._parent = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *unshare, *first], stdout=subprocess.PIPE, text=True
+            ["setpriv", "--pdeathsig", "KILL", *unshare, *map(str, first)],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._parent.stdout is not None
         assert self._parent.stdout.readline() == "booted\n"
@@ -101,6 +120,10 @@ class Machine:
             "ip link set eth0 up",
         ):
             self.run(command.split())
+
+    def move(self) -> None:
+        """The next one to boot has another address."""
+        self.address = self._network.address()
 
     def crash(self) -> None:
         """kill -9 of every process at once; the directory is gone."""

@@ -5,7 +5,6 @@ the code.
 """
 
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -47,9 +46,9 @@ class Site:
     """`head` reserves nothing; `workers` have a replica and a training rank each."""
 
     stores: Stores
+    cluster: RayCluster
     head: Node
     workers: tuple[Node, Node]
-    dashboard: Dashboard
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -61,7 +60,7 @@ class Site:
                 **self.stores.environment(),
                 "RAY_REDIS_ADDRESS": f"{host}:{port}",
             }
-            cluster = stack.enter_context(
+            self.cluster = stack.enter_context(
                 RayCluster(
                     "serving",
                     self.stores.network,
@@ -70,9 +69,9 @@ class Site:
                     worker_cpus=(CPUS, CPUS),
                 )
             )
-            self.head, self.dashboard = cluster.head, cluster.dashboard
-            first, second = cluster.workers
+            self.head, (first, second) = self.cluster.head, self.cluster.workers
             self.workers = first, second
+            self._clients: dict[str, Client] = {}
             self.deploy()
             self._stack = stack.pop_all()
         return self
@@ -86,14 +85,16 @@ class Site:
     def nodes(self) -> tuple[Node, ...]:
         return (self.head, *self.workers)
 
+    @property
+    def dashboard(self) -> Dashboard:
+        return self.cluster.dashboard
+
     def api(self, node: Node) -> Client:
         """The service by the proxy on `node`."""
-        return self._clients[node.address]
-
-    @cached_property
-    def _clients(self) -> dict[str, Client]:
-        addresses = [node.address for node in self.nodes]
-        return {one: Client(f"http://{one}:8000", timeout_s=ANSWER_S) for one in addresses}
+        address = node.address
+        if address not in self._clients:
+            self._clients[address] = Client(f"http://{address}:8000", timeout_s=ANSWER_S)
+        return self._clients[address]
 
     def deploy(self) -> None:
         """The Serve config, as an operator does; until it is ready."""

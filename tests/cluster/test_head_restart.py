@@ -1,6 +1,7 @@
 """The head dies and is started again; what it knew is in Redis."""
 
 import time
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -27,28 +28,42 @@ def named(node: Node, *names: str) -> list[psutil.Process]:
     return [one for one in node.machine.processes() if one.name() in names]
 
 
-def test_queries_go_on_and_a_job_runs_afterwards(site: Site, trained: JSON) -> None:
+def kill_ray(site: Site) -> None:
+    """As when the container of the head fails: its machine starts it again."""
+    for process in named(site.head, *RAY_HEAD):
+        process.kill()
+
+
+def replace_machine(site: Site) -> None:
+    """As when the pod of the head is lost: the next one has its name, and another address."""
+    site.cluster.replace_head()
+
+
+@pytest.mark.parametrize("restart", [kill_ray, replace_machine])
+def test_queries_go_on_and_a_job_runs_afterwards(
+    site: Site, trained: JSON, restart: Callable[[Site], None]
+) -> None:
     first, second = site.workers
     before, replicas = raylets(site), site.replicas()
-    with watching([node.address for node in site.nodes], PROMPT) as watch:
-        for node in site.nodes:
+    with watching([node.address for node in site.workers], PROMPT) as watch:
+        for node in site.workers:
             watch.wait_for(node.address)
         killed_at = time.monotonic()
-        for process in named(site.head, *RAY_HEAD):
-            process.kill()
+        restart(site)
         stored = site.api(first).submit([{"prompt": "What the head missed is", "target": "new"}])
-        until(lambda: site.is_whole)
-        whole_s = time.monotonic() - killed_at
-        watch.wait_for(site.head.address, 3)
-        for node in site.nodes:
-            gap = watch.gap(node.address, killed_at)
-            told = watch.outcomes(node.address, killed_at)
-            site.note(f"head restart: gap at {node.address}, s", gap)
-            site.note("  told there", dict(told))
-    site.note("head restart: whole again, s", whole_s)
+        with watching([site.head.address], PROMPT) as at_head:
+            until(lambda: site.is_whole)
+            whole_s = time.monotonic() - killed_at
+            at_head.wait_for(site.head.address, 3)
+            for clients, node in ((at_head, site.head), (watch, first), (watch, second)):
+                gap = clients.gap(node.address, killed_at)
+                site.note(f"{restart.__name__}: gap at {node.address}, s", gap)
+                told = clients.outcomes(node.address, killed_at)
+                site.note("  told there", dict(told))
+    site.note(f"{restart.__name__}: whole again, s", whole_s)
     assert site.replicas() == replicas
     after = raylets(site)
-    assert after[site.head.address] != before[site.head.address]
+    assert after[site.head.address] not in before.values()
     assert [after[node.address] for node in site.workers] == [
         before[node.address] for node in site.workers
     ]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("whole")
 
 PROMPT = EDITS[0]["prompt"]
 _MORE = read_jsonl(DEPLOY / "demo" / "edits.jsonl")[len(EDITS) :]
-MORE_EDITS = {"cut off": _MORE[:5], "killed": _MORE[5:10]}
+MORE_EDITS = {"cut off": _MORE[:5], "killed": _MORE[5:10], "store": _MORE[10:15]}
 HPARAMS = {"batch_size": 1, "formats": ["raw"]}
 STEPS = 9
 """Trained, and kept, before the node is lost."""
@@ -149,6 +149,22 @@ def test_a_node_is_lost_while_training_and_while_swapping(
     invariants.check_at_rest()
     for node in site.nodes:
         assert stale(watch, node, back_at, now["generation"]) == []
+
+
+def test_a_version_store_that_goes_away_while_a_job_trains(site: Site, trained: JSON) -> None:
+    """For longer than its driver tries; the job keeps its checkpoint, and needs no other one."""
+    api = site.api(site.head)
+    ids = [answer["id"] for answer in api.submit(MORE_EDITS["store"])]
+    job = api.post("/jobs", {"edit_ids": ids, "hparams": HPARAMS, "activate": False})
+    until(lambda: steps(api.get(f"/jobs/{job['id']}")) > STEPS)
+    site.stores.proxy.refuse()
+    until(lambda: not any(node.processes("ray::RayTrainWorker") for node in site.workers))
+    site.stores.proxy.release()
+    back_at = time.monotonic()
+    ended = display.watch(api, job["id"], quiet=True)
+    site.note("the job done after the store's return, s", time.monotonic() - back_at)
+    assert ended["state"] == "done", ended["error"]
+    assert site.stores.manifest(ended["version"]).training.resumed_steps >= STEPS
 
 
 def test_who_was_answering_a_node_that_is_cut_off_goes_on(site: Site) -> None:

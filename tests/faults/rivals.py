@@ -63,7 +63,10 @@ class Rivals(ABC, Generic[R]):
     """The run: `run` makes it, and `check` tells whether all was as it must be."""
 
     faults: ClassVar[Mapping[str, int]]
-    """What may happen to a rival, and how often as compared to the rest: `_NAME` does it."""
+    """What may happen to a rival, and how often as compared to the rest.
+
+    `_NAME` does it; false: there was nothing that it could happen to.
+    """
     pause_s: ClassVar[tuple[float, float]]
     """Between two faults, at least and at most."""
 
@@ -153,8 +156,9 @@ class Rivals(ABC, Generic[R]):
         if able := self._able():
             leading = [rival for rival in able if rival.name == self._leader]
             of_the_leader = leading and self._random.random() < OF_THE_LEADER
-            await getattr(self, f"_{kind}")(self._random.choice(leading if of_the_leader else able))
-            self.figures.faults[kind] += 1
+            victim = self._random.choice(leading if of_the_leader else able)
+            if await getattr(self, f"_{kind}")(victim) is not False:
+                self.figures.faults[kind] += 1
 
     def later(self, seconds: float, what: Callable[[], Awaitable[None]]) -> None:
         """At the latest when the faults are over, and before the run ends."""

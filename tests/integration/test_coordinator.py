@@ -29,7 +29,7 @@ from tests.coordinating import (
     version,
 )
 from workers.contract import ProgressSink, TrainRequest, TrainResult
-from workers.errors import TrainingFailed
+from workers.errors import StoreUnavailable, TrainingFailed
 
 pytestmark = pytest.mark.anyio
 
@@ -152,6 +152,21 @@ async def test_a_failed_job_gives_its_edits_back_and_the_next_one_runs(
         again = await start_job(store, activate=False)
         assert (await ended(store, again.id)).state is JobState.DONE
     assert {edit.state for edit in await all_edits(store)} == {EditState.APPLIED}
+
+
+async def test_a_version_store_that_is_away_is_waited_for(
+    store: Database, database_url: str, settings: Settings
+) -> None:
+    away = [StoreUnavailable("it does not answer"), StoreUnavailable("it still does not")]
+
+    def trained_at_last(request: TrainRequest, sink: ProgressSink) -> TrainResult:
+        if away:
+            raise away.pop()
+        return trained(request, sink)
+
+    async with coordinating(store, database_url, settings, train=trained_at_last):
+        job = await ended(store, (await start_job(store, activate=False)).id)
+    assert (job.state, away) == (JobState.DONE, [])
 
 
 async def test_a_version_that_fails_verification_is_rejected_and_its_edits_queued(

@@ -29,7 +29,7 @@ from tests.coordinating import (
     until,
 )
 from workers.contract import Progress, ProgressSink, TrainRequest, TrainResult
-from workers.errors import TrainingFailed
+from workers.errors import StoreUnavailable, TrainingFailed
 
 pytestmark = pytest.mark.anyio
 
@@ -122,6 +122,21 @@ async def test_what_a_runner_cannot_train_fails_and_its_edits_are_queued(
         job = await runner(store, database_url, settings, fail).run(create)
     assert (job.state, job.error) == (JobState.FAILED, "loss is nan")
     assert {edit.state for edit in await all_edits(store)} == {EditState.QUEUED}
+
+
+async def test_a_runner_waits_for_a_version_store_that_is_away(
+    store: Database, database_url: str, settings: Settings
+) -> None:
+    away = [StoreUnavailable("it does not answer")]
+
+    async def train_at_last(request: TrainRequest, sink: ProgressSink) -> TrainResult:
+        if away:
+            raise away.pop()
+        return await train(request, sink)
+
+    async with coordinating(store, database_url, settings, train=never):
+        job = await runner(store, database_url, settings, train_at_last).run(create)
+    assert (job.state, away) == (JobState.EVALUATING, [])
 
 
 async def test_the_next_runner_goes_on_with_what_one_left(
