@@ -14,6 +14,7 @@ import psutil
 import psycopg
 
 from service.client import JSON, ApiError, Client, read_jsonl
+from service.versions import BASE_VERSION
 from tests.cluster.nodes import Node, RayCluster
 from tests.cluster.site import ACTOR, DEPLOY, SETTINGS
 from tests.cluster.stores import Stores
@@ -101,7 +102,7 @@ class Pair(Rivals[Cluster]):
         "cut_off": 3,
         "crash": 1,
     }
-    pause_s: ClassVar[tuple[float, float]] = (1.0, 18.0)
+    pause_s: ClassVar[tuple[float, float]] = (1.0, 25.0)
 
     def __init__(self, stores: Stores, seed: int) -> None:
         super().__init__(stores.postgres.url, seed)
@@ -119,8 +120,16 @@ class Pair(Rivals[Cluster]):
             self.addresses = [cluster.node.address for cluster in self._clusters]
             self.watch = stack.enter_context(watching(self.addresses, FACTS[0]["prompt"], PAUSE_S))
             stack.push_async_callback(self.end_recoveries)
+            # So that there is another version to be activated from the beginning.
+            await asyncio.to_thread(self._train_first)
             yield
             await asyncio.to_thread(until, self._agree)
+
+    def _train_first(self) -> None:
+        api = self._clusters[0].api
+        stored = api.submit(FACTS[:3])
+        self._invariants.acknowledged.update(edit["id"] for edit in stored)
+        until(lambda: api.get("/serving")["version"] != BASE_VERSION)
 
     def _agree(self) -> bool:
         """Both serve the same, and know of the same replicas."""
@@ -146,13 +155,13 @@ class Pair(Rivals[Cluster]):
 
     async def _edit(self) -> None:
         """One fact after the other, at either cluster; and now and then a version that was live."""
-        for fact in cycle(FACTS):
+        for fact in cycle(FACTS[3:]):
             await asyncio.sleep(self._random.uniform(1.0, 4.0))
             api = self._random.choice(self._clusters).api
             with suppress(ApiError):
                 [stored] = await asyncio.to_thread(api.submit, [fact])
                 self._invariants.acknowledged.add(stored["id"])
-            if self._random.random() < 0.3:
+            if self._random.random() < 0.5:
                 with suppress(ApiError):
                     await asyncio.to_thread(self._activate, api)
 

@@ -1,7 +1,6 @@
 """A node is cut off from all others, or dies, while versions are swapped and while edits train."""
 
 import time
-from itertools import count
 
 import pytest
 
@@ -23,7 +22,7 @@ HPARAMS = {"batch_size": 1, "formats": ["raw"]}
 STEPS = 9
 """Trained, and kept, before the node is lost."""
 
-numbers = count()
+others = iter(_MORE[20:])
 
 
 def roll_back(site: Site) -> None:
@@ -46,7 +45,7 @@ def stale(watch: Watch, node: Node, since: float, generation: int) -> list[float
 
 def post_edit(site: Site, node: Node) -> str:
     """The id of an edit that the service says is stored."""
-    body = {"prompt": f"Cluster fact {next(numbers)} is", "target": "new"}
+    body = next(others)
 
     def post() -> str | None:
         try:

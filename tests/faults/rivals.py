@@ -54,6 +54,8 @@ class Figures:
     jobs_done: int = 0
     failures: list[str] = field(default_factory=list)
     """Of jobs, in the service's words."""
+    takings: int = 0
+    """How often a leader took a job, from the one before or as the first."""
     changes: int = 0
     unled_changes: int = 0
     """By a leader that had lost its lock; each legal, as all are."""
@@ -194,6 +196,10 @@ class Rivals(ABC, Generic[R]):
             failed, _ = await jobs.page(conn, state=JobState.FAILED, limit=100_000)
         figures.jobs_done, figures.failures = len(done), [str(job.error) for job in failed]
         figures.acknowledged = len(self._invariants.acknowledged)
+        taken = [
+            {change.trainer for change in mine} - {None} for mine in self._audit.jobs().values()
+        ]
+        figures.takings = sum(map(len, taken))
         changes = [change for mine in self._audit.jobs().values() for change in mine]
         figures.changes = len(changes)
         figures.unled_changes = sum(change.by != change.leader for change in changes)
