@@ -55,7 +55,7 @@ def test_its_command_trains_on_its_own_cluster_what_another_serves(
     assert job["trained_by"] == "runner"
     # It waited until the service had rolled the version out.
     assert api.get("/serving")["version"] == version
-    for node in site.nodes:
+    for node in site.proxies():
         for fact in FACTS:
             told, by = site.api(node).ask(fact["prompt"], max_tokens=MAX_NEW_TOKENS, stop=STOP)
             assert by == version
