@@ -90,6 +90,7 @@ class Runner:
             log.info("job %s is to be trained here", job.id)
         else:
             log.info("job %s, whose runner is gone, is gone on with", job.id)
+        self._show(job)
         training = asyncio.create_task(self._trained(job))
         beside = [asyncio.create_task(task) for task in (self._renew(job.id), self._tell(job.id))]
         try:
