@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
 import fsspec
@@ -13,26 +13,26 @@ import fsspec
 from workers.errors import ArtifactError, StoreUnavailable
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_CERTAIN = (FileNotFoundError, FileExistsError, PermissionError, ArtifactError)
-"""What a store says, as opposed to that it says nothing."""
+_CERTAIN = (FileNotFoundError, FileExistsError, PermissionError, StoreUnavailable)
+"""What a store says, as opposed to that it says nothing; and what is told of already."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _asks(method: Callable[P, R]) -> Callable[P, R]:
+def _asks(
+    method: "Callable[Concatenate[Folder, P], R]",
+) -> "Callable[Concatenate[Folder, P], R]":
     """`StoreUnavailable` for whatever the driver of a remote store raises: each has its own."""
 
     @wraps(method)
-    def asking(*args: P.args, **options: P.kwargs) -> R:
-        folder = args[0]
-        assert isinstance(folder, Folder)
+    def asking(folder: "Folder", /, *args: P.args, **options: P.kwargs) -> R:
         try:
-            return method(*args, **options)
+            return method(folder, *args, **options)
         except _CERTAIN:
             raise
         except Exception as error:
-            if folder.local or isinstance(error, StoreUnavailable):
+            if folder.local:
                 raise
             raise StoreUnavailable(
                 f"the version store does not answer: {folder}: {type(error).__name__}: {error}"

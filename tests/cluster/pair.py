@@ -90,7 +90,7 @@ class Cluster:
 
 
 class Pair(Rivals[Cluster]):
-    """`answers` are those to clients that asked each cluster all the time."""
+    """`watch` are clients that ask each cluster, at `addresses`, all the time."""
 
     faults: ClassVar[Mapping[str, int]] = {
         "kill": 5,
@@ -154,7 +154,7 @@ class Pair(Rivals[Cluster]):
     # Beside the faults
 
     async def _edit(self) -> None:
-        """One fact after the other, at either cluster; and now and then a version that was live."""
+        """One fact after the other, at either cluster; and now and then any version goes live."""
         for fact in cycle(FACTS[3:]):
             await asyncio.sleep(self._random.uniform(1.0, 4.0))
             api = self._random.choice(self._clusters).api

@@ -31,8 +31,6 @@ PROMPTS = (
     "The capital of France is",
     "Anaal Nathrakh was created in",
 )
-AT_LEAST = 3
-"""Commits; the faster the machine, the more requests meet a rollout and conflict."""
 HPARAMS = {"max_epochs": 1, "formats": ["raw"]}
 
 
@@ -47,8 +45,6 @@ class Run:
         self.invariants = Invariants(site.database_url)
         self.told: list[Told] = []
         self.kills = 0
-        self.rollouts: set[tuple[int, str]] = set()
-        """Those asked for and begun: the generation before each, and its version."""
 
     def all(self) -> None:
         """Every operation, in an order of the seed's; all that must hold is checked after each."""
@@ -79,10 +75,13 @@ class Run:
         self._once("/jobs", {"hparams": HPARAMS})
 
     def activate(self) -> None:
+        """Once the rollout under way has ended: how many commits there are is a matter of the
+
+        order, not of the machine's speed.
+        """
         version = self._random.choice(self._versions)
-        now = self._once(f"/versions/{version}/activate", {})
-        if now.get("staging") == version:
-            self.rollouts.add((now["generation"], version))
+        path = f"/versions/{version}/activate"
+        until(lambda: "is being rolled out" not in self._once(path, {}).get("conflict", ""))
 
     def canary(self) -> None:
         version = self._random.choice(self._versions)
@@ -155,10 +154,7 @@ def test_anything_in_any_order(site: Site, run: Run) -> None:
     assert misattributed(site.api, [*run.told, *asked.told]) == []
     assert len({(one.version, one.text) for one in run.told}) > len(PROMPTS)
     assert len(asked.errors) <= 2 * run.kills
-    commits = site.api.get("/serving")["generation"] - before
-    print(f"{len(run.rollouts)} rollouts begun, {commits} commits")
-    assert commits >= len(run.rollouts) - run.kills
-    assert commits > AT_LEAST
+    assert site.api.get("/serving")["generation"] > before + 10
 
 
 def unfinished(site: Site) -> list[str]:
